@@ -1,6 +1,9 @@
 """What scores over seeds can carry: intervals and comparisons."""
 
+from typing import NamedTuple
+
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from ctbprn_lib import InputError
@@ -32,3 +35,68 @@ def holm(p_values):
     out = np.empty_like(p)
     out[order] = np.minimum(adjusted, 1)
     return out
+
+
+class Comparison(NamedTuple):
+    """effect = mean(a) - mean(b), its 95 % interval low..high in the units of the scores, and a two-sided p_value."""
+
+    effect: float
+    low: float
+    high: float
+    p_value: float
+
+
+def compare(a, b, paired=False):
+    """Compare per-replica scores a (R,) and b (R',); paired: the same seeds in the same order.
+
+    Scores that are not finite are left out (with their partner, if paired).
+    Raises InputError for fewer than two finite scores on a side, or pairs of unequal number.
+    Source: Welch (1947), Student (1908) for pairs, as scipy.stats has them.
+    """
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if paired:
+        if a.shape != b.shape:
+            raise InputError(f"pairs need equal numbers of scores, got {a.size} and {b.size}")
+        both = np.isfinite(a) & np.isfinite(b)
+        a, b = a[both], b[both]
+    a, b = a[np.isfinite(a)], b[np.isfinite(b)]
+    if min(a.size, b.size) < 2:
+        raise InputError(f"a comparison needs at least two finite scores on each side, got {a.size} and {b.size}")
+    if np.ptp(a - b if paired else np.concatenate([a - a.mean(), b - b.mean()])) == 0:  # no spread: t is undefined
+        effect = float(a.mean() - b.mean())
+        return Comparison(effect, effect, effect, float(effect == 0))
+    test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
+    interval = test.confidence_interval(0.95)
+    return Comparison(float(a.mean() - b.mean()), float(interval.low), float(interval.high), float(test.pvalue))
+
+
+def like_the_best(scores, best):
+    """Indices of scores (trials, R) that a two-sided Welch test does not tell from row best, Holm over all others."""
+    others = [i for i in range(len(scores)) if i != best]
+    if not others:
+        return [best]
+    p = holm([compare(scores[i], scores[best]).p_value for i in others])
+    return [best, *(i for i, adjusted in zip(others, p, strict=True) if adjusted >= 0.05)]
+
+
+def trends(trials, names, score):
+    """Spearman correlation of each hyperparameter in names with the column score over the rows of trials.
+
+    Returns one row a hyperparameter: rho, n, p_value, p_holm (Holm over names); NaN where a value never varied.
+    Trials that a sampler chose are no random draws, so this describes the trials; an ablation measures effects.
+    """
+    rows = []
+    for name in names:
+        varied = len(trials) >= 3 and trials[name].nunique() > 1 and trials[score].nunique() > 1
+        rho, p = stats.spearmanr(trials[name], trials[score]) if varied else (np.nan, 1.0)
+        rows.append({"hyperparameter": name, "rho": rho, "n": len(trials), "p_value": p})
+    table = pd.DataFrame(rows)
+    return table.assign(p_holm=holm(table["p_value"]))
+
+
+def pareto_front(cost, gain):
+    """Boolean (n,): True where no other point costs no more and gains no less, and differs."""
+    cost, gain = np.asarray(cost, dtype=float), np.asarray(gain, dtype=float)
+    no_worse = (cost[None] <= cost[:, None]) & (gain[None] >= gain[:, None])
+    better = no_worse & ((cost[None] < cost[:, None]) | (gain[None] > gain[:, None]))
+    return ~better.any(1)

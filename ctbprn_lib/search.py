@@ -37,6 +37,7 @@ PRUNERS = {
     "none": optuna.pruners.NopPruner,
 }
 TUNING, CONFIRMATION = 0, 1  # SeedSequence spawn keys: seeds of one purpose never serve another
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 FINISHED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 HYPERPARAMETERS = [f.name for f in fields(Hyperparameters)]
 
@@ -113,6 +114,11 @@ def suggest(trial, space):
     return Hyperparameters(**values)
 
 
+def study_name_for(task):
+    """A study name made from the task's: "uea:BasicMotions" gives uea-BasicMotions."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", task.description["task"].removesuffix(".npz")).strip("-._")[:64] or "study"
+
+
 def study_folder(name):
     """reports/<name>; the name is confined to letters, digits, dot, dash and underscore."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
@@ -152,6 +158,7 @@ def open_study(name, storage="", *, task, space, budget, objective="val_ce", sam
     )
     kept = study.user_attrs.get("fingerprint")
     if kept is None and not study.trials:
+        study.set_user_attr("baselines", task.baselines())
         study.set_user_attr("fingerprint", fingerprint)
     elif kept != fingerprint:
         differences = _differences(kept or {}, fingerprint)
@@ -159,10 +166,9 @@ def open_study(name, storage="", *, task, space, budget, objective="val_ce", sam
             f"study {name!r} exists and asks another question; give another study_name, or the values it was made "
             "with:\n" + "\n".join(f"  {where}: there {there}, here {here}" for where, there, here in differences)
         )
-    kw = {} if sampler == "tpe" else {}
     so_far = len(study.get_trials(deepcopy=False))  # the same seed again would repeat the trials there already
     sampler_seed = int(np.random.SeedSequence([seed, so_far]).generate_state(1)[0])
-    study.sampler = SAMPLERS[sampler](seed=sampler_seed, **kw)
+    study.sampler = SAMPLERS[sampler](seed=sampler_seed)
     return study
 
 
@@ -170,7 +176,9 @@ def load_study(name, storage=""):
     """The study to read from.  Raises InputError if it is not there."""
     url = storage_url(name, storage)
     if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
-        raise InputError(f"there is no study {name!r} yet; make one with: papermill notebooks/tune.ipynb runs/tune.ipynb -p study_name {name}")
+        raise InputError(
+            f"there is no study {name!r} yet; make one with: papermill notebooks/tune.ipynb runs/tune.ipynb -p study_name {name}"
+        )
     try:
         return optuna.load_study(study_name=name, storage=url, sampler=None)
     except KeyError:
@@ -207,7 +215,9 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
             trial.set_user_attr("failure", f"out of memory at {hp}")
             raise TrialFailed from None
         if all(result.diverged_at):
-            trial.set_user_attr("failure", f"all {budget.n_replicas} replicas diverged, the first at step {min(result.diverged_at)}")
+            trial.set_user_attr(
+                "failure", f"all {budget.n_replicas} replicas diverged, the first at step {min(result.diverged_at)}"
+            )
             raise TrialFailed
         score = scores(result)
         if len(study.directions) == 2:

@@ -108,14 +108,8 @@ def fit(hyperparameters, task, budget=None, seed=0, device="auto", on_eval=None)
         raise InputError(f"seq_len must be at most the task's {task.n_tokens} tokens, got {hp.seq_len}")
     device = resolve_device(device)
     autocast = precision_context(budget.precision, device)
-    init, stream = (seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)).generate_state(
-        2, np.uint64
-    )
-    init = np.random.SeedSequence(int(init)).generate_state(R, np.uint32)
-    generator = torch.Generator(device).manual_seed(int(stream))
     memory = PeakMemory(device)
-    model = CTBPRN(task.n_features, hp.d, hp.rank, task.n_areas, hp.n_layers, task.n_classes, hp.temperature, R,
-                   seed=[int(s) for s in init]).to(device)  # fmt: skip
+    model, generator = untrained(hp, task, R, seed, device)
     parameters = list(model.parameters())
     result = Fit(hp, budget, model, str(device), sum(p[0].numel() for p in parameters))
     optimizer = torch.optim.AdamW(parameters, lr=hp.lr, fused=True)
@@ -125,7 +119,7 @@ def fit(hyperparameters, task, budget=None, seed=0, device="auto", on_eval=None)
     eval_steps = np.unique(np.linspace(0, budget.n_steps, budget.n_evals + 1)[1:].astype(int))
     diverged = torch.zeros(R, dtype=torch.long, device=device)
     losses, seconds, start = [], 0.0, time.perf_counter()
-    for step in range(1, budget.n_steps + 1):
+    for step in _progress(budget.n_steps):
         batch = task.draw(R, hp.batch_size, generator, hp.seq_len)
         noise = gumbel_noise((R, hp.n_layers, hp.batch_size, task.n_areas), generator)
         with autocast():
@@ -158,6 +152,17 @@ def fit(hyperparameters, task, budget=None, seed=0, device="auto", on_eval=None)
     return result
 
 
+def untrained(hyperparameters, task, n_replicas, seed=0, device="cpu"):
+    """The untrained model that fit begins with, and the generator that its batches and noise come from."""
+    hp, device = hyperparameters, torch.device(device)
+    root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
+    init, stream = (int(s) for s in root.generate_state(2, np.uint64))
+    seeds = np.random.SeedSequence(init).generate_state(n_replicas, np.uint32).tolist()
+    model = CTBPRN(task.n_features, hp.d, hp.rank, task.n_areas, hp.n_layers, task.n_classes, hp.temperature,
+                   n_replicas, seed=seeds)  # fmt: skip
+    return model.to(device), torch.Generator(device).manual_seed(stream)
+
+
 @torch.no_grad()
 def score(model, task, split, n_samples, seq_len=None, autocast=nullcontext):
     """Noise-free scores of each replica on the task's fixed split: {"val_ce" or "test_ce": (R,), ...accuracy (R,)}.
@@ -186,6 +191,24 @@ def score(model, task, split, n_samples, seq_len=None, autocast=nullcontext):
     return {name: value.double().cpu().numpy() for name, value in scores.items()}
 
 
+@torch.no_grad()
+def route_shares(model, task, n_samples=2048, seq_len=None):
+    """Where the router looks: (rows, K) shares of test samples, all replicas together, by largest last-layer logit.
+
+    A row is a true area where the task knows it, else a class.  Returns (shares, row names).
+    """
+    R, K, device = model.config["n_replicas"], task.n_areas, model.temperature.device
+    known, counts = False, None
+    for batch in task.fixed("test", n_samples, seq_len, device):
+        known = batch.area is not None
+        rows = batch.area if known else batch.y
+        counts = torch.zeros(K if known else task.n_classes, K) if counts is None else counts
+        x, mask = (None if t is None else t.expand(R, *[-1] * (t.ndim - 1)) for t in (batch.x, batch.mask))
+        looks = model(x, None, mask)[1][:, -1].argmax(-1)  # (R,B)
+        counts.index_put_((rows.expand(R, -1).cpu(), looks.cpu()), torch.ones(()), accumulate=True)
+    return (counts / counts.sum(1, keepdim=True)).numpy(), task.area_names if known else task.class_names
+
+
 def cross_entropy(logits, y):
     """logits (R,B,C), y (R,B) -> (R,B) in nats, in float32 whatever the precision of the network."""
     return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
@@ -203,6 +226,15 @@ def clip_gradients(parameters, largest):
     factor = (largest / (square.sqrt() + 1e-6)).clamp(max=1)
     for p in parameters:
         p.grad.mul_(factor.view(-1, *[1] * (p.ndim - 1)))
+
+
+def _progress(n_steps):
+    """Steps 1..n_steps behind a progress bar on stderr, where tqdm is installed; it leaves nothing behind."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return range(1, n_steps + 1)
+    return tqdm(range(1, n_steps + 1), "training", leave=False, delay=2, mininterval=2, unit="step")
 
 
 def resolve_device(device):

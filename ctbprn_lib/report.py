@@ -1,0 +1,391 @@
+"""Records to report pieces, and executed notebooks to reports/.
+
+The pieces are Markdown whose every number comes from the record and is formatted here, once. publish runs
+analyze.ipynb, which shows the pieces, and writes report.md and report.html; the latter loads nothing.
+"""
+
+import base64
+import io
+import math
+import os
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import optuna
+
+from ctbprn_lib import InputError, evidence
+from ctbprn_lib.search import HYPERPARAMETERS, REPORTS, load_study, records, study_folder
+
+NOTEBOOKS = REPORTS.parent / "notebooks"
+ORIGINAL = {"val_accuracy": 0.781, "val_ce": 0.6470}  # the published report's best of ten trials, each on 32 samples
+NAMES = {
+    "lr": "Learning rate",
+    "d": "Model dimension (d)",
+    "rank": "Router rank",
+    "temperature": "Temperature",
+    "batch_size": "Batch size",
+    "seq_len": "Sequence length",
+    "n_layers": "Layers",
+}
+CSS = """body{max-width:62rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 system-ui,sans-serif;color:#1a1a1a}
+h1,h2,h3{line-height:1.25}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}img{max-width:100%;height:auto}
+table{border-collapse:collapse;display:block;overflow-x:auto;font-size:.86rem}th,td{border:1px solid #ddd;
+padding:.3rem .55rem;text-align:left;white-space:nowrap}th{background:#f4f4f4}code{background:#f4f4f4;padding:0 .2em}
+pre{background:#f4f4f4;padding:.6rem;overflow-x:auto}pre code{padding:0}.anchor-link{display:none}"""
+PAGE = """{%- extends 'basic/index.html.j2' -%}
+{%- block header -%}<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>{{ resources.page_title }}</title>
+<style>{{ resources.page_css }}</style></head><body><main>{%- endblock header -%}
+{%- block footer -%}</main></body></html>{%- endblock footer -%}"""
+
+
+def accuracy(row):
+    """Accuracy with its interval, in per cent."""
+    return _with_interval(row, "val_accuracy", 100, ".1f", " %")
+
+
+def ce(row):
+    """Cross-entropy with its interval, in nats."""
+    return _with_interval(row, "val_ce", 1, ".3f", "")
+
+
+def value(name, x):
+    """A hyperparameter as people read it."""
+    if x is None or (isinstance(x, float) and math.isnan(x)):
+        return "–"
+    if name == "lr":
+        return f"{x:.2g}" if x < 1e-3 else f"{x:.5f}".rstrip("0")
+    return f"{x:.2f}" if name == "temperature" else f"{x:g}"
+
+
+def table(header, rows):
+    """A Markdown table of cells that are escaped text."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def escape(text):
+    """Text from outside as Markdown and HTML both show it literally, on one line."""
+    text = "".join(c if c.isprintable() else "�" for c in str(text))
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$-])", lambda m: f"&#{ord(m[0])};", text)
+
+
+class Report:
+    """A study's record, read once, and the report's sections made from it."""
+
+    def __init__(self, study_name, storage=""):
+        self.study = load_study(study_name, storage)
+        self.name, self.folder = study_name, study_folder(study_name)
+        self.asked = self.study.user_attrs["fingerprint"]
+        self.budget, self.space, self.task = self.asked["budget"], self.asked["space"], self.asked["task"]
+        self.score = "val_accuracy" if self.asked["objective"] == "val_accuracy" else "val_ce"
+        self.baselines = self.study.user_attrs.get("baselines", {})
+        self.names = [name for name in HYPERPARAMETERS if name in self.space]
+        self.trials = records(self.study)
+        self.complete = self.trials[self.trials["state"] == "complete"].reset_index(drop=True)
+        if self.complete.empty:
+            reasons = set(self.trials["failure"]) - {""}
+            raise InputError(
+                f"study {study_name!r} has no complete trial" + (f": {'; '.join(reasons)}" if reasons else "")
+            )
+        self.by_accuracy = self.complete.loc[self.complete["val_accuracy"].idxmax()]
+        self.by_ce = self.complete.loc[self.complete["val_ce"].idxmin()]
+        replicas = [f"val_ce_{r}" for r in range(self.budget["n_replicas"])]
+        known = self.complete[replicas].astype(float).to_numpy()
+        # a replica that diverged counts as knowing nothing, as it does in the trial's own score
+        known = np.where(np.isfinite(known), known, math.log(self.task.get("n_classes", 2)))
+        best = int(self.by_ce.name)
+        self.level = [best] if known.shape[1] < 2 else evidence.like_the_best(known, best)
+        self.trends = evidence.trends(self.complete, self.names, "val_ce").set_index("hyperparameter")
+
+    def summary(self):
+        counts = self.trials["state"].value_counts()
+        states = ", ".join(f"{counts[s]} {s}" for s in ("complete", "pruned", "fail", "running") if s in counts)
+        return (
+            f"> Which hyperparameters of CTBPRN are best on **{escape(self.task['task'])}**? {len(self.trials)} trials "
+            f"({states}), each {self.budget['n_replicas']} independent trainings of {self.budget['n_steps']} steps; scores are "
+            "means over those replicas on held-out data, with 95 % intervals. They are tuning scores: the best of many "
+            "is partly luck, and it has not been trained again on fresh seeds."
+        )
+
+    def best_parameters(self):
+        parts = []
+        for title, row in (("Best Validation Accuracy", self.by_accuracy), ("Best CE Loss", self.by_ce)):
+            lines = [f"### For {title} (trial {row['trial']})", f"- **Validation accuracy**: {accuracy(row)}",
+                     f"- **Validation CE**: {ce(row)} nats"]  # fmt: skip
+            lines += [f"- **{NAMES[name]}**: {value(name, row[name])}" for name in self.names]
+            parts.append("\n".join(lines))
+        return "\n\n".join(parts)
+
+    def all_trials(self):
+        header = ["Trial", "Val accuracy (%)", "Val CE (nats)", *(NAMES[n] for n in self.names), "Time (s)", "State"]
+        ordered = self.trials.sort_values(["state", "val_ce"])
+        rows = [
+            [row["trial"], accuracy(row).replace(" %", ""), ce(row), *(value(n, row[n]) for n in self.names),
+             f"{row['train_seconds']:.0f}" if row["train_seconds"] >= 0 else "–", row["state"]]
+            for _, row in ordered.iterrows()
+        ]  # fmt: skip
+        notes = "Complete trials by CE; a pruned trial shows its score when it was stopped."
+        failures = [
+            f"Trial {r['trial']} failed: {escape(r['failure'])}." for _, r in self.trials.iterrows() if r["failure"]
+        ]
+        diverged = self.trials[self.trials["n_diverged"] > 0]
+        if len(diverged):
+            failures.append(
+                f"Replicas diverged in trials {', '.join(map(str, diverged['trial']))}; each counts as chance there."
+            )
+        return "\n\n".join([table(header, rows), " ".join([notes, *failures])])
+
+    def key_findings(self):
+        """Numbered findings, each with its test; where the trials do not decide, it says so."""
+        best, rest = self.by_ce, [self.complete.loc[i] for i in self.level[1:]]
+        findings = [
+            f"**The best trial is number {best['trial']} by CE** ({ce(best)} nats, accuracy {accuracy(best)})"
+            + (" and by accuracy." if best["trial"] == self.by_accuracy["trial"] else
+               f"; by accuracy it is number {self.by_accuracy['trial']} ({accuracy(self.by_accuracy)}).")
+        ]  # fmt: skip
+        if len(self.complete) > 1:
+            findings.append(
+                f"**{len(rest)} of the {len(self.complete) - 1} other complete trials cannot be told from it** by CE "
+                f"(Welch's test on {self.budget['n_replicas']} replicas a trial, Holm-adjusted, 5 %)"
+                + (f": {', '.join(str(r['trial']) for r in rest)}." if rest else ".")
+            )
+        for rule in ("linear rule", "chance"):
+            if rule in self.baselines:
+                row, level = self.by_accuracy, self.baselines[rule]
+                known = math.isfinite(row["val_accuracy_low"])
+                verdict = ("above" if known and row["val_accuracy_low"] > level else
+                           "below" if known and row["val_accuracy_high"] < level else "not distinguishable from")  # fmt: skip
+                findings.append(
+                    f"**The best accuracy is {verdict} {'the linear rule' if rule == 'linear rule' else 'chance'}**, "
+                    f"which scores {100 * level:.1f} % on test samples; the trial scores {accuracy(row)}."
+                )
+                break
+        for name, row in self.trends.iterrows():
+            if self._decided(row):
+                word = "larger" if row["rho"] < 0 else "smaller"
+                findings.append(
+                    f"**{NAMES[name]}: {word} values go with lower CE** over the {row['n']} complete trials "
+                    f"(Spearman ρ = {row['rho']:+.2f}, Holm-adjusted p = {_p(row['p_holm'])})."
+                )
+        undecided = [NAMES[name] for name, row in self.trends.iterrows() if not self._decided(row)]
+        if undecided:
+            findings.append(f"**No trend is shown by these trials for**: {', '.join(undecided)}.")
+        return "\n".join(f"{i}. {finding}" for i, finding in enumerate(findings, 1))
+
+    def recommendations(self):
+        best = self.by_ce
+        settings = ", ".join(f"{name} {value(name, best[name])}" for name in self.names)
+        production = [
+            f"Start from trial {best['trial']}: {settings}. Train it again on fresh seeds before relying on its score."
+        ]
+        close = self.complete.loc[self.level]
+        cheapest = close.loc[close["train_seconds"].idxmin()]
+        if cheapest["trial"] != best["trial"]:
+            production.append(
+                f"Trial {cheapest['trial']} cannot be told from it and trained in {cheapest['train_seconds']:.0f} s "
+                f"instead of {best['train_seconds']:.0f} s."
+            )
+        further = [
+            f"{NAMES[name]}: the best value, {value(name, best[name])}, lies at the {end} end of its range; extend it."
+            for name in self.names
+            if (end := self._edge(name, best[name]))
+        ]
+        undecided = [NAMES[n] for n, row in self.trends.iterrows() if not self._decided(row)]
+        if undecided:
+            further.append(f"Not decided here, so nothing is recommended: {', '.join(undecided)}.")
+        largest = self.complete.loc[self.complete["peak_mem_mib"].idxmax()]
+        memory = [
+            f"Peak memory of {self.budget['n_replicas']} replicas trained together ran from "
+            f"{self.complete['peak_mem_mib'].min():.0f} to {largest['peak_mem_mib']:.0f} MiB (trial {largest['trial']}, "
+            f"{', '.join(f'{n} {value(n, largest[n])}' for n in ('d', 'batch_size', 'seq_len') if n in self.names)}); "
+            f"trial {best['trial']} took {best['peak_mem_mib']:.0f} MiB."
+        ]
+        parts = (
+            ("For Production Use", production),
+            ("For Further Optimization", further),
+            ("Memory Considerations", memory),
+        )
+        return "\n\n".join(f"### {title}\n" + "\n".join(f"- {line}" for line in lines) for title, lines in parts)
+
+    def measured(self):
+        b = self.budget
+        device = ", ".join(sorted(set(self.complete["device"])))
+        sampled = "`" + "`, `".join(f"{name}: {_range(self.space[name])}" for name in self.names) + "`"
+        finer = self.task.get("n_samples", {}).get("validation", b["n_validation"])
+        return (
+            f"- **Task**: {escape(self.task['task'])}, {self.task['n_areas']} areas × {self.task['n_tokens']} tokens × "
+            f"{self.task['n_features']} features. It is the same for all trials: `seq_len` is how many of the first "
+            "tokens the network sees, while the label comes from all of them.\n"
+            f"- **Space**: {sampled}.\n"
+            f"- **A trial** is {b['n_replicas']} replicas with their own initial values, batches and noise, trained together "
+            f"for {b['n_steps']} steps (AdamW, {b['schedule'].replace('_', '-')} rate, gradient norm at most {b['clip']:g} a "
+            f"replica, precision {b['precision']}) on {escape(device)}.\n"
+            f"- **A score** is the mean over replicas on {finer} validation samples that no training batch holds, without "
+            "gate noise, after the last step. The interval is Student's t over replicas: the seed is the unit of "
+            "replication, not the sample. CE is in nats.\n"
+            f"- **The search** minimises or maximises `{self.asked['objective']}` on the validation set. What the "
+            "trials show is a description of what the sampler tried, not an experiment on one hyperparameter at a time."
+        )
+
+    def undecided(self):
+        lines = [f"{NAMES[n]}: Spearman ρ = {row['rho']:+.2f}, Holm-adjusted p = {_p(row['p_holm'])}, {row['n']} complete trials."
+                 for n, row in self.trends.iterrows() if not self._decided(row) and np.isfinite(row["rho"])]  # fmt: skip
+        lines.append(
+            "Whether the best trial stays best on fresh seeds and on test samples: no trial has been trained again."
+        )
+        if self.level[1:]:
+            lines.append(
+                f"Which of {len(self.level)} trials is best: their intervals over replicas do not separate them."
+            )
+        return "\n".join(f"- {line}" for line in lines)
+
+    def reproduce(self):
+        t = self.complete
+        b, q = self.budget, self.asked
+        command = (
+            f"papermill notebooks/tune.ipynb runs/tune.ipynb -p study_name again -p task {self.task['task']} "
+            f"-p n_trials {int(self.trials['state'].isin(['complete', 'pruned']).sum())} -p n_steps {b['n_steps']} "
+            f"-p n_replicas {b['n_replicas']} -p objective {q['objective']} -p seed {q['seed']} -p precision {b['precision']}"
+        )
+        used = "; ".join(f"{name} {', '.join(sorted(set(map(str, t[key]))))}"
+                         for name, key in (("commit", "commit"), ("torch", "torch"), ("Optuna", "optuna"), ("Python", "python")))  # fmt: skip
+        total = self.trials["train_seconds"].sum()
+        return f"- {used}; {', '.join(sorted(set(t['device'])))}.\n- Training and scoring took {total / 60:.1f} minutes.\n\n```\n{command}\n```"
+
+    def curves(self, name):
+        """(steps, {label: (evaluations, R)}) of the two best and the two worst complete trials by CE."""
+        ordered = self.complete.sort_values("val_ce")["trial"].tolist()
+        chosen = dict.fromkeys(ordered[:2] + ordered[-2:])
+        kept = {number: self.study.trials[number].user_attrs for number in chosen}
+        steps = next(iter(kept.values()))["steps"]
+        return steps, {f"trial {number}": np.array(k["curves"][name], dtype=float) for number, k in kept.items()}
+
+    def running_best(self):
+        """(trials,) the best score of the complete trials so far, NaN before the first."""
+        score = self.trials[self.score].where(self.trials["state"] == "complete")
+        return (score.cummax() if self.score == "val_accuracy" else score.cummin()).ffill().to_numpy()
+
+    def importance(self):
+        """{hyperparameter: share} by PED-ANOVA over the complete trials (Watanabe et al., 2023)."""
+        varied = [name for name in self.names if self.complete[name].nunique() > 1]
+        target = (lambda trial: trial.user_attrs[self.score]) if len(self.study.directions) == 2 else None
+        if len(self.complete) < 2 or not varied:
+            return dict.fromkeys(self.names, 0.0)
+        return optuna.importance.get_param_importances(self.study, params=varied, target=target)
+
+    def raw_data(self):
+        """Write the CSV and the pickled study beside the database, and list them."""
+        studies = self.folder / "optuna_studies"
+        studies.mkdir(parents=True, exist_ok=True)
+        self.trials.to_csv(self.folder / "optuna_results_detailed.csv", index=False)
+        memory = optuna.storages.InMemoryStorage()  # the pickle holds the trials, not the way to a database
+        optuna.copy_study(from_study_name=self.name, from_storage=self.study._storage, to_storage=memory)
+        with open(studies / "ctbprn_study.pkl", "wb") as file:
+            pickle.dump(optuna.load_study(study_name=self.name, storage=memory), file)
+        lines = [
+            "- Complete trial data: [`optuna_results_detailed.csv`](optuna_results_detailed.csv)",
+            "- Optuna study: [`optuna_studies/ctbprn_study.pkl`](optuna_studies/ctbprn_study.pkl) (a pickle runs code "
+            "when it is loaded: open only one you trust; this project never reads it)",
+        ]
+        if (studies / "ctbprn_study.db").exists():
+            lines.append("- Database: [`optuna_studies/ctbprn_study.db`](optuna_studies/ctbprn_study.db) (SQLite)")
+        return "\n".join(lines)
+
+    def _decided(self, row):
+        return bool(row["p_holm"] < 0.05)
+
+    def _edge(self, name, best):
+        """ "lower" or "upper" if best lies in the outer twentieth of its range, or on its first or last level."""
+        entry = self.space[name]
+        if isinstance(entry, list):
+            if len(entry) < 2 or best not in (min(entry), max(entry)):
+                return ""
+            if name == "seq_len" and best >= self.task["n_tokens"]:
+                return ""  # there are no more tokens
+            return "lower" if best == min(entry) else "upper"
+        scale = math.log if entry.get("log") else float
+        at = (scale(best) - scale(entry["low"])) / (scale(entry["high"]) - scale(entry["low"]))
+        return "lower" if at < 0.05 else "upper" if at > 0.95 else ""
+
+
+def show(fig, path, alt):
+    """Save fig to path (PNG) and show it in the notebook; the published report points at the file, with alt as its text."""
+    import matplotlib.pyplot as plt
+    from IPython.display import publish_display_data
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    png = io.BytesIO()
+    fig.savefig(png, format="png")
+    plt.close(fig)
+    path.write_bytes(png.getvalue())
+    data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": alt}
+    publish_display_data(data, {"image/png": {"alt": alt}, "file": f"{path.parent.name}/{path.name}"})
+
+
+def publish(study_name, storage=""):
+    """Run analyze.ipynb on the study and write reports/<study_name>/report.md and report.html; returns their folder."""
+    import papermill
+
+    folder = study_folder(study_name)
+    executed = REPORTS.parent / "runs" / f"analyze-{study_name}.ipynb"
+    executed.parent.mkdir(exist_ok=True)
+    papermill.execute_notebook(
+        NOTEBOOKS / "analyze.ipynb",
+        executed,
+        {"study_name": study_name, "storage": storage},
+        cwd=REPORTS.parent,
+        progress_bar=False,
+    )
+    render(executed, folder)
+    return folder
+
+
+def render(notebook, folder):
+    """Executed notebook -> folder/report.md and folder/report.html, without code, warnings or progress bars."""
+    import nbconvert
+    import nbformat
+
+    nb = nbformat.read(notebook, as_version=4)
+    for cell in nb.cells:
+        outputs = [o for o in cell.get("outputs", []) if not (o.output_type == "stream" and o.name == "stderr")]
+        for output in outputs:
+            if "file" in output.get("metadata", {}):
+                alt = output.metadata["image/png"]["alt"]
+                output.data = nbformat.from_dict({"text/markdown": f"![{alt}]({output.metadata['file']})"})
+        if cell.cell_type == "code":
+            cell.outputs = outputs
+    title = next(c.source.splitlines()[0].lstrip("# ") for c in nb.cells if c.cell_type == "markdown")
+    resources = {"metadata": {"path": str(folder), "name": title}, "page_title": title, "page_css": CSS}
+    hide = {"exclude_input": True, "exclude_input_prompt": True, "exclude_output_prompt": True}
+    markdown, _ = nbconvert.MarkdownExporter(**hide).from_notebook_node(nb, resources=dict(resources))
+    page, _ = nbconvert.HTMLExporter(raw_template=PAGE, embed_images=True, **hide).from_notebook_node(
+        nb, resources=dict(resources)
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("report.md", re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n"), ("report.html", page)):
+        temporary = folder / f".{name}.new"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / name)
+
+
+def _with_interval(row, name, scale, form, unit):
+    if math.isnan(row[name]):
+        return "–"
+    if math.isnan(row[f"{name}_low"]):
+        return f"{scale * row[name]:{form}}{unit}"
+    low, high = scale * row[f"{name}_low"], scale * row[f"{name}_high"]
+    return f"{scale * row[name]:{form}}{unit} [{low:{form}}, {high:{form}}]"
+
+
+def _p(p):
+    return "below 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _range(entry):
+    if isinstance(entry, list):
+        return ", ".join(f"{x:g}" for x in entry)
+    return f"{entry['low']:g} to {entry['high']:g}" + (" (log)" if entry.get("log") else "")
