@@ -4,7 +4,7 @@ import ctypes
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +108,8 @@ def fit(hyperparameters, task, budget=None, seed=0, device="auto", on_eval=None)
         raise InputError(f"seq_len must be at most the task's {task.n_tokens} tokens, got {hp.seq_len}")
     device = resolve_device(device)
     autocast = precision_context(budget.precision, device)
+    for _ in task.fixed("validation", budget.n_validation, hp.seq_len, device):
+        pass  # drawn and kept before the memory of this training is measured
     memory = PeakMemory(device)
     model, generator = untrained(hp, task, R, seed, device)
     parameters = list(model.parameters())
