@@ -82,13 +82,19 @@ def like_the_best(scores, best):
 def trends(trials, names, score):
     """Spearman correlation of each hyperparameter in names with the column score over the rows of trials.
 
-    Returns one row a hyperparameter: rho, n, p_value, p_holm (Holm over names); NaN where a value never varied.
+    Returns one row a hyperparameter: rho, n, p_value (permutation test: exact for few trials, else 9,999 draws) and
+    p_holm (Holm over names); rho is NaN where a value never varied.
     Trials that a sampler chose are no random draws, so this describes the trials; an ablation measures effects.
     """
-    rows = []
+    rows, y = [], stats.rankdata(trials[score])
     for name in names:
-        varied = len(trials) >= 3 and trials[name].nunique() > 1 and trials[score].nunique() > 1
-        rho, p = stats.spearmanr(trials[name], trials[score]) if varied else (np.nan, 1.0)
+        x, rho, p = stats.rankdata(trials[name]), np.nan, 1.0
+        if len(trials) >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
+            rho = stats.pearsonr(x, y).statistic
+            products = stats.permutation_test(
+                (x,), lambda x, axis: (x * y).sum(axis), permutation_type="pairings", vectorized=True, rng=0
+            )
+            p = products.pvalue
         rows.append({"hyperparameter": name, "rho": rho, "n": len(trials), "p_value": p})
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table["p_value"]))

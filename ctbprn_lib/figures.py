@@ -65,7 +65,7 @@ def learning_curves(ax, steps, curves, name, references=None):
     for (label, value), style in zip((references or {}).items(), ("--", ":", "-."), strict=False):
         ax.axhline(scale * value, color=GREY, ls=style, label=f"{label} {scale * value:.1f}")
     ax.set(xlabel="training step", ylabel=LABELS[name])
-    ax.legend(fontsize=9)
+    ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 

@@ -167,8 +167,8 @@ class Report:
             if self._decided(row):
                 word = "larger" if row["rho"] < 0 else "smaller"
                 findings.append(
-                    f"**{NAMES[name]}: {word} values go with lower CE** over the {row['n']} complete trials "
-                    f"(Spearman ρ = {row['rho']:+.2f}, Holm-adjusted p = {_p(row['p_holm'])})."
+                    f"**{NAMES[name]}: {word} values go with lower CE** over the {len(self.complete)} complete trials "
+                    f"(Spearman ρ = {row['rho']:+.2f}, Holm-adjusted p {_p(row['p_holm'])})."
                 )
         undecided = [NAMES[name] for name, row in self.trends.iterrows() if not self._decided(row)]
         if undecided:
@@ -191,9 +191,11 @@ class Report:
         further = [
             f"{NAMES[name]}: the best value, {value(name, best[name])}, lies at the {end} end of its range; extend it."
             for name in self.names
-            if (end := self._edge(name, best[name]))
+            if self._decided(self.trends.loc[name])
+            and (end := self._edge(name, best[name])) == ("upper" if self.trends.loc[name, "rho"] < 0 else "lower")
         ]
         undecided = [NAMES[n] for n, row in self.trends.iterrows() if not self._decided(row)]
+        further = further or ["No range needs to be extended: no decided trend runs into the end of one."]
         if undecided:
             further.append(f"Not decided here, so nothing is recommended: {', '.join(undecided)}.")
         largest = self.complete.loc[self.complete["peak_mem_mib"].idxmax()]
@@ -231,7 +233,7 @@ class Report:
         )
 
     def undecided(self):
-        lines = [f"{NAMES[n]}: Spearman ρ = {row['rho']:+.2f}, Holm-adjusted p = {_p(row['p_holm'])}, {row['n']} complete trials."
+        lines = [f"{NAMES[n]}: Spearman ρ = {row['rho']:+.2f}, Holm-adjusted p {_p(row['p_holm'])}, {len(self.complete)} complete trials."
                  for n, row in self.trends.iterrows() if not self._decided(row) and np.isfinite(row["rho"])]  # fmt: skip
         lines.append(
             "Whether the best trial stays best on fresh seeds and on test samples: no trial has been trained again."
@@ -357,7 +359,7 @@ def render(notebook, folder):
                 alt = output.metadata["image/png"]["alt"]
                 output.data = nbformat.from_dict({"text/markdown": f"![{alt}]({output.metadata['file']})"})
         if cell.cell_type == "code":
-            cell.outputs = outputs
+            cell.outputs = [] if "unpublished" in cell.metadata.get("tags", []) else outputs
     title = next(c.source.splitlines()[0].lstrip("# ") for c in nb.cells if c.cell_type == "markdown")
     resources = {"metadata": {"path": str(folder), "name": title}, "page_title": title, "page_css": CSS}
     hide = {"exclude_input": True, "exclude_input_prompt": True, "exclude_output_prompt": True}
@@ -382,7 +384,7 @@ def _with_interval(row, name, scale, form, unit):
 
 
 def _p(p):
-    return "below 0.001" if p < 0.001 else f"{p:.3f}"
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def _range(entry):

@@ -123,7 +123,7 @@ def study_folder(name):
     """reports/<name>; the name is confined to letters, digits, dot, dash and underscore."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise InputError(
-            f"study_name must be 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit, got {name!r}"
+            f"study_name must be 1 to 64 of a-z, A-Z, 0-9, '.', '_' and '-', not beginning with a sign, got {name!r}"
         )
     return REPORTS / name
 
@@ -176,9 +176,7 @@ def load_study(name, storage=""):
     """The study to read from.  Raises InputError if it is not there."""
     url = storage_url(name, storage)
     if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
-        raise InputError(
-            f"there is no study {name!r} yet; make one with: papermill notebooks/tune.ipynb runs/tune.ipynb -p study_name {name}"
-        )
+        raise InputError(f"there is no study {name!r} yet; notebooks/tune.ipynb makes one")
     try:
         return optuna.load_study(study_name=name, storage=url, sampler=None)
     except KeyError:
@@ -271,11 +269,12 @@ def records(study):
         kept = trial.user_attrs
         row = {"trial": trial.number, "state": trial.state.name.lower()}
         curves = kept.get("curves", {})
-        for name in ("val_accuracy", "val_ce"):
+        for name, largest in (("val_accuracy", 1), ("val_ce", math.inf)):
             last = np.array(curves.get(name, [[]])[-1], dtype=float)
             enough = np.isfinite(last).sum() >= 2
             row[name] = kept.get(name, math.nan)
-            row[f"{name}_low"], row[f"{name}_high"] = mean_interval(last)[1:] if enough else (math.nan, math.nan)
+            ends = mean_interval(last)[1:] if enough else (math.nan, math.nan)
+            row[f"{name}_low"], row[f"{name}_high"] = np.clip(ends, 0, largest)  # where a score can be at all
         row |= {name: trial.params.get(name, math.nan) for name in space}
         routed = np.array(curves.get("route_accuracy", [[math.nan]])[-1], dtype=float)
         row["route_accuracy"] = np.nanmean(routed) if np.isfinite(routed).any() else math.nan

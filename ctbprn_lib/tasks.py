@@ -234,7 +234,7 @@ def load_task(name):
     if not path.is_file():
         raise InputError(f"{path}: there is no such file")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, SyntaxError) as error:
         raise InputError(f"{path}: not a readable .npz of plain arrays ({error})") from None

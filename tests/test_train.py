@@ -1,0 +1,181 @@
+"""Training: determinism, scoring, divergence, cost; and that it learns."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ctbprn_lib import InputError, train
+from ctbprn_lib.train import Budget, Hyperparameters, fit
+
+HP = Hyperparameters(lr=5e-3, d=8, rank=2, temperature=1.0, batch_size=8, seq_len=8)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(small_task):
+    runs = [fit(HP, small_task, Budget(20, 3, n_validation=64), seed) for seed in (5, 5, 6)]
+    states = [run.model.state_dict() for run in runs]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    for name, curve in runs[0].curves.items():
+        np.testing.assert_array_equal(curve, runs[1].curves[name])
+    assert not torch.equal(states[0]["head_weight"], states[2]["head_weight"])
+    assert len({tuple(w.flatten().tolist()) for w in states[0]["head_weight"]}) == 3  # replicas differ
+
+
+def test_it_learns_and_records_what_it_cost(small_task):
+    result = fit(HP, small_task, Budget(200, 2, n_evals=4, n_validation=512), 0)
+    assert result.steps == [50, 100, 150, 200]
+    assert {name: c.shape for name, c in result.curves.items()} == dict.fromkeys(
+        ("train_ce", "val_ce", "val_accuracy", "route_accuracy"), (4, 2)
+    )
+    assert (result.val_accuracy > 0.75).all() and (result.val_ce < 0.55).all()
+    assert result.curves["val_ce"][0].mean() > result.val_ce.mean()
+    assert result.samples_seen == 1600 and result.step_time_ms > 0
+    assert result.n_parameters == sum(p.numel() for p in train.untrained(HP, small_task, 1)[0].parameters())
+    assert result.diverged_at == [None, None]
+
+
+def test_real_arrays_with_unequal_lengths_are_learnt(array_task):
+    result = fit(dataclasses.replace(HP, seq_len=6), array_task, Budget(150, 2), 0)
+    assert (result.val_accuracy > 0.8).all()
+    assert "route_accuracy" not in result.curves
+    scores = train.score(result.model, array_task, "test", None)
+    assert set(scores) == {"test_ce", "test_accuracy"} and (scores["test_accuracy"] > 0.8).all()
+
+
+@pytest.mark.parametrize("schedule", train.SCHEDULES)
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 7])
+def test_the_shortest_trainings_work(small_task, schedule, n_steps):
+    result = fit(HP, small_task, Budget(n_steps, 2, schedule=schedule, n_validation=16), 0)
+    assert result.steps[-1] == n_steps and np.isfinite(result.val_ce).all()
+
+
+def test_scores_are_noise_free_and_do_not_depend_on_the_portion(small_task, monkeypatch):
+    result = fit(HP, small_task, Budget(5, 3, n_validation=300), 0)
+    first = train.score(result.model, small_task, "validation", 300)
+    monkeypatch.setattr(train, "SCORING_BYTES", 2000)
+    second = train.score(result.model, small_task, "validation", 300)
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], rtol=1e-6)
+    np.testing.assert_array_equal(first["val_ce"], result.val_ce)
+
+
+def test_scores_are_what_counting_by_hand_gives(small_task):
+    model = train.untrained(HP, small_task, 2)[0]
+    hits, ce, n = np.zeros(2), np.zeros(2), 0
+    for batch in small_task.fixed("test", 100):
+        for i in range(batch.y.shape[1]):
+            logits = model(batch.x[:, i : i + 1].expand(2, -1, -1, -1, -1))[0][:, 0]
+            hits += (logits.argmax(-1) == batch.y[0, i]).numpy()
+            ce -= logits.double().log_softmax(-1)[:, batch.y[0, i]].detach().numpy()
+            n += 1
+    scores = train.score(model, small_task, "test", 100)
+    np.testing.assert_allclose(scores["test_accuracy"], hits / n)
+    np.testing.assert_allclose(scores["test_ce"], ce / n, rtol=1e-5)
+
+
+class PoisonedTask:
+    """The small task, whose batches for replica 1 hold NaN from the third draw on."""
+
+    def __init__(self, task):
+        self.task, self.draws = task, 0
+
+    def __getattr__(self, name):
+        return getattr(self.task, name)
+
+    def draw(self, *args):
+        batch = self.task.draw(*args)
+        self.draws += 1
+        if self.draws >= 3:
+            batch.x[1] = float("nan")
+        return batch
+
+
+def test_a_diverged_replica_is_recorded_with_its_step_and_harms_no_neighbour(small_task):
+    budget = Budget(10, 3, n_evals=5, n_validation=64)
+    clean, poisoned = fit(HP, small_task, budget, 0), fit(HP, PoisonedTask(small_task), budget, 0)
+    assert poisoned.diverged_at == [None, 3, None]
+    assert np.isnan(poisoned.curves["val_ce"][:, 1]).tolist() == [False, True, True, True, True]
+    np.testing.assert_allclose(poisoned.val_ce[[0, 2]], clean.val_ce[[0, 2]], rtol=1e-5)
+
+
+def test_each_replica_is_clipped_by_its_own_norm():
+    a, b = (torch.nn.Parameter(torch.zeros(2, n)) for n in (3, 4))
+    a.grad, b.grad = torch.tensor([[3.0] * 3, [0.1] * 3]), torch.tensor([[3.0] * 4, [0.1] * 4])
+    train.clip_gradients([a, b], 1.0)
+    norms = torch.cat([a.grad, b.grad], 1).norm(dim=1)
+    torch.testing.assert_close(norms, torch.tensor([1.0, 0.1 * 7**0.5]))
+
+
+def test_the_noise_is_gumbel():
+    g = train.gumbel_noise((200_000,), torch.Generator().manual_seed(0)).double()
+    assert g.isfinite().all()
+    assert g.mean() == pytest.approx(0.5772, abs=0.01) and g.var() == pytest.approx(np.pi**2 / 6, abs=0.03)
+
+
+def test_on_eval_sees_each_scoring_and_may_stop_the_training(small_task):
+    seen = []
+
+    def stop_at_second(result):
+        seen.append(result.steps[-1])
+        if len(seen) == 2:
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        fit(HP, small_task, Budget(10, 2, n_evals=5, n_validation=16), 0, on_eval=stop_at_second)
+    assert seen == [2, 4]
+
+
+def test_bf16_gives_nearly_the_same_score(small_task):
+    full, half = (fit(HP, small_task, Budget(100, 4, precision=p, n_validation=512), 0) for p in ("fp32", "bf16"))
+    assert half.val_accuracy.mean() == pytest.approx(full.val_accuracy.mean(), abs=0.06)
+
+
+def test_peak_memory_grows_with_the_batch(small_task):
+    small, large = (
+        fit(dataclasses.replace(HP, batch_size=n), small_task, Budget(2, 2, n_validation=16), 0).peak_mem_mib
+        for n in (8, 8000)
+    )
+    assert 0 <= small < large > 50
+
+
+def test_route_shares_are_rows_of_shares(small_task, array_task):
+    shares, rows = train.route_shares(train.untrained(HP, small_task, 2)[0], small_task, 300)
+    assert rows == small_task.area_names and shares.sum(1) == pytest.approx([1, 1])
+    hp = dataclasses.replace(HP, seq_len=6)
+    shares, rows = train.route_shares(train.untrained(hp, array_task, 2)[0], array_task)
+    assert rows == ("a", "b", "c") and shares.sum(1) == pytest.approx([1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda t: Hyperparameters(lr=0), "lr must be"),
+        (lambda t: Hyperparameters(d=8.0), "d must be a whole number"),
+        (lambda t: Budget(n_steps=True), "n_steps must be"),
+        (lambda t: Budget(schedule="cosine"), "one_cycle, constant"),
+        (lambda t: fit(dataclasses.replace(HP, seq_len=9), t, Budget(1, 1)), "at most the task's 8 tokens"),
+        (lambda t: fit(HP, t, Budget(1, 1), device="tpu"), '"auto", "cpu" or "cuda"'),
+        (lambda t: fit(HP, t, Budget(1, 1, precision="tf32"), device="cpu"), "tf32 needs a CUDA GPU"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(small_task, make, message):
+    with pytest.raises(InputError, match=message):
+        make(small_task)
+
+
+def test_model_tasks_and_train_need_torch_and_numpy_alone():
+    """Some GPU machines have nothing else: with every other package of ours missing, a training still runs."""
+    script = """
+import sys
+for name in ("optuna", "pandas", "matplotlib", "aeon", "scipy", "safetensors", "yaml", "tqdm", "IPython", "papermill"):
+    sys.modules[name] = None
+from ctbprn_lib import model, tasks, train
+task = tasks.RoutingTask(n_features=4, n_tokens=4)
+hp = train.Hyperparameters(d=4, rank=1, batch_size=2, seq_len=4)
+print(train.fit(hp, task, train.Budget(2, 2, n_validation=8)).steps)
+"""
+    done = subprocess.run((sys.executable, "-c", script), capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[1, 2]\n", "")
