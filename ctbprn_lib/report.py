@@ -273,10 +273,14 @@ class Report:
     def importance(self):
         """{hyperparameter: share} by PED-ANOVA over the complete trials (Watanabe et al., 2023)."""
         varied = [name for name in self.names if self.complete[name].nunique() > 1]
-        target = (lambda trial: trial.user_attrs[self.score]) if len(self.study.directions) == 2 else None
         if len(self.complete) < 2 or not varied:
             return dict.fromkeys(self.names, 0.0)
-        return optuna.importance.get_param_importances(self.study, params=varied, target=target)
+        study = optuna.create_study(direction="maximize" if self.score == "val_accuracy" else "minimize")
+        for trial, score in zip(
+            (self.study.trials[i] for i in self.complete["trial"]), self.complete[self.score], strict=True
+        ):
+            study.add_trial(optuna.create_trial(params=trial.params, distributions=trial.distributions, value=score))
+        return optuna.importance.get_param_importances(study, params=varied)
 
     def raw_data(self):
         """Write the CSV and the pickled study beside the database, and list them."""

@@ -1,5 +1,11 @@
 """What several tests share: one thread a process, and studies that live in a temporary folder."""
 
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -32,3 +38,27 @@ def array_task():
     x[y == "a", 0, :, 0] += 2
     x[y == "b", 1, :, 1] += 2
     return tasks.ArrayTask(x, y, source="three classes")
+
+
+class Project(type(pathlib.Path())):
+    """A copy of the library and the notebooks, whose reports/ and runs/ are its own."""
+
+    def python(self, *words, **environment):
+        """Run this Python there and wait."""
+        env = os.environ | {"PYTHONPATH": str(self), "OMP_NUM_THREADS": "1", "CTBPRN_STORAGE": ""} | environment
+        return subprocess.run((sys.executable, *words), cwd=self, env=env, capture_output=True, text=True, check=False)
+
+    def papermill(self, name, *parameters):
+        """Run a notebook as a user types it; returns the finished process, with what its cells printed."""
+        pairs = [word for pair in parameters for word in ("-p", *map(str, pair))]
+        return self.python("-m", "papermill", "--log-output", "--no-progress-bar", f"notebooks/{name}.ipynb",
+                           f"runs/{name}.ipynb", *pairs)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    root = tmp_path_factory.mktemp("project")
+    for name in ("ctbprn_lib", "notebooks"):
+        shutil.copytree(search.REPORTS.parent / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "runs").mkdir()
+    return Project(root)

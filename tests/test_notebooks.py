@@ -1,0 +1,150 @@
+"""The notebooks: clean as committed, run as users run them, and unforgiving about their parameters."""
+
+import ast
+import json
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from ctbprn_lib import InputError, parameters
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+TINY = [("n_steps", 4), ("n_replicas", 2)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_clean_and_have_the_form_of_the_house(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert notebook.metadata == {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    assert all(cell.source.count("\n") < 20 for cell in code)
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    for statement, line in zip(ast.parse(tagged[0].source).body, tagged[0].source.splitlines(), strict=True):
+        assert isinstance(statement, ast.AnnAssign) and statement.annotation.id in ("int", "float", "str", "bool")
+        assert isinstance(statement.value, ast.Constant) and "  # " in line
+    assert "parameters.check(globals())" in code[code.index(tagged[0]) + 1].source
+    text = path.read_text()
+    assert not any(word in text for word in ("/home/", "/root/", "filterwarnings", "hostname"))
+
+
+def test_tune_runs_resumes_and_ends_in_a_report(project):
+    (project / "small.yaml").write_text("d: [4, 8]\nbatch_size: [4]\nseq_len: [8, 16]\n")
+    small = [*TINY, ("study_name", "s"), ("space", "small.yaml")]
+    done = project.papermill("tune", *small, ("n_trials", 2))
+    assert done.returncode == 0, done.stderr
+    assert "2 trials to go" in done.stderr and "2 of 2" in done.stderr
+    done = project.papermill("tune", *small, ("n_trials", 3))
+    assert done.returncode == 0, done.stderr
+    assert "2 finished trials are there, 1 to go" in done.stderr
+    folder = project / "reports" / "s"
+    assert len(pd.read_csv(folder / "optuna_results_detailed.csv")) == 3
+    assert "3 trials (3 complete)" in (folder / "report.md").read_text()
+    before = (folder / "report.html").read_bytes()
+    other = project.papermill("tune", *small[1:], ("n_steps", 5), ("n_trials", 4))
+    assert other.returncode != 0 and "budget.n_steps: there 4, here 5" in other.stderr
+    assert (folder / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize("task", ["uea:BasicMotions", "uea:JapaneseVowels", "mine.npz"])
+def test_tune_and_report_on_real_input(project, task):
+    rng = np.random.default_rng(0)
+    np.savez(project / "mine.npz", x=rng.normal(size=(40, 12, 5)), y=np.arange(40) % 2, areas=list("aabbb"))
+    done = project.papermill("tune", *TINY, ("task", task), ("n_trials", 1))
+    assert done.returncode == 0, done.stderr
+    name = {"mine.npz": "mine"}.get(task, task.replace(":", "-"))
+    assert (project / "reports" / name / "report.html").is_file()
+
+
+def test_explore_runs_on_tasks_with_and_without_a_true_area(project):
+    for task in ("routing", "uea:BasicMotions"):
+        done = project.papermill("explore", *TINY, ("d", 8), ("task", task))
+        assert done.returncode == 0, done.stderr
+        assert "chance" in done.stderr and "linear rule" in done.stderr
+    assert len(list((project / "reports" / "explore" / "plots").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("n_trails", 5), "no parameter 'n_trails'; did you mean n_trials?"),
+        (("n_trials", "1e1"), "n_trials must be a whole number, got 10.0"),
+        (("x=1;y", 1), "did you mean|a parameter is a name and a value"),
+    ],
+)
+def test_papermill_exits_non_zero_before_any_training(project, given, said):
+    done = project.papermill("tune", given, ("study_name", "never"))
+    assert done.returncode != 0
+    assert any(part in done.stderr for part in said.split("|")), done.stderr
+    assert not (project / "reports" / "never").exists()
+
+
+def namespace(**values):
+    """globals() of a tune notebook with these values injected as papermill does it."""
+    cell = next(c for c in nbformat.read(NOTEBOOKS[[p.stem for p in NOTEBOOKS].index("tune")], 4).cells
+                if "parameters" in c.metadata.get("tags", []))  # fmt: skip
+    scope = {}
+    exec(cell.source, scope)
+    injected = "# Parameters\n" + "".join(f"{name} = {value!r}\n" for name, value in values.items())
+    exec(injected, scope)
+    return scope | {"In": ["", cell.source, injected, "check"]}
+
+
+def test_what_will_run_is_printed(capsys):
+    parameters.check(namespace(n_trials=7, seed=3))
+    said = capsys.readouterr().out
+    for word in ("n_trials = 7", "seed = 3", "torch", "optuna", "commit", "CPU"):
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("n_trials", -3, "n_trials must be a whole number of at least 1, got -3"),
+        ("n_trials", 0, "at least 1"),
+        ("n_trials", "false", "n_trials must be a whole number, got 'false'"),
+        ("n_trials", True, "n_trials must be a whole number, got True"),
+        ("n_steps", 10.0, "n_steps must be a whole number, got 10.0"),
+        ("seed", -1, "seed must be"),
+        ("task", 3, "task must be text"),
+        (
+            "objective",
+            "val_accurac",
+            r"objective must be one of val_ce, val_accuracy, both \(did you mean val_accuracy\?\)",
+        ),
+        ("sampler", "tpee", "did you mean tpe"),
+        ("pruner", None, "pruner must be text"),
+        ("precision", "fp16", "precision must be one of"),
+        ("protocol", "publish", "protocol must be one of"),
+        ("device", "gpu", 'device must be "auto", "cpu" or "cuda"'),
+        ("study_name", "../up", "study_name must be"),
+        ("storage", "postgresql://u:pw@h/db", "storage holds a password"),
+        ("studyname", "x", "no parameter 'studyname'; did you mean study_name"),
+        ("zzz", 1, "no parameter 'zzz'"),
+    ],
+)
+def test_a_wrong_parameter_is_named_with_what_it_may_be(name, value, said):
+    with pytest.raises(InputError, match=said):
+        parameters.check(namespace(**{name: value}))
+
+
+def test_the_notebooks_share_the_names_and_kinds_they_need():
+    kinds = {}
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text())["cells"]:
+            if "parameters" in cell["metadata"].get("tags", []):
+                for statement in ast.parse("".join(cell["source"])).body:
+                    kinds.setdefault(statement.target.id, set()).add(statement.annotation.id)
+    assert all(len(kind) == 1 for kind in kinds.values())
+    tune = "task study_name n_trials n_steps n_replicas protocol objective space sampler pruner storage seed device precision"
+    assert set(tune.split()) <= set(kinds)

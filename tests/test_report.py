@@ -1,0 +1,210 @@
+"""The report: its numbers are the record's, its page is whole, and what comes from outside stays text."""
+
+import html.parser
+import json
+import pickle
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+from scipy import stats
+
+from ctbprn_lib import InputError, report, search, tasks
+from ctbprn_lib.train import Budget
+
+
+def made(reports, n_trials=14, n_replicas=3, name="made", failed=True, **asked):
+    """A study with invented scores: CE falls with lr, and nothing else matters."""
+    task = tasks.RoutingTask()
+    budget = Budget(100, n_replicas)
+    study = search.open_study(
+        name, task=task, space=search.default_space(task), budget=budget, sampler="random", **asked
+    )
+    rng = np.random.default_rng(0)
+    for number in range(n_trials):
+        trial = study.ask()
+        hp = search.suggest(trial, search.default_space(task))
+        ce = 0.5 - 0.08 * np.log10(hp.lr / 1e-4) + rng.normal(0, 0.01, (2, n_replicas)) + [[0.2], [0]]
+        accuracy = 1 - ce / 2
+        kept = {"val_ce": ce[-1].mean(), "val_accuracy": accuracy[-1].mean(), "steps": [50, 100], "diverged_at": [None] * n_replicas,
+                "curves": {"val_ce": ce.tolist(), "val_accuracy": accuracy.tolist(), "train_ce": ce.tolist()},
+                "n_diverged": 0, "train_seconds": float(rng.uniform(5, 50)), "step_time_ms": 3.0, "samples_seen": 100,
+                "peak_mem_mib": float(rng.uniform(50, 500)), "n_parameters": 1000, "device": "CPU, 1 threads",
+                "torch": "2", "optuna": "5", "python": "3", "commit": "abc"}  # fmt: skip
+        for key, value in kept.items():
+            trial.set_user_attr(key, value)
+        values = (
+            [kept["val_ce"], kept["val_accuracy"]]
+            if len(study.directions) == 2
+            else kept[asked.get("objective", "val_ce")]
+        )
+        if failed and number == 3:
+            trial.set_user_attr("failure", "all replicas <b>diverged</b>")
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            study.tell(trial, values)
+    return study
+
+
+@pytest.fixture
+def folder(reports, monkeypatch):
+    monkeypatch.setattr(report, "REPORTS", reports)
+    return reports
+
+
+def numbers(text):
+    return [float(x) for x in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", text)]
+
+
+def test_every_number_of_the_findings_is_recomputed_from_the_csv(folder):
+    made(folder)
+    r = report.Report("made")
+    r.raw_data()
+    csv = pd.read_csv(folder / "made" / "optuna_results_detailed.csv")
+    done = csv[csv["state"] == "complete"]
+    best, accurate = done.loc[done["val_ce"].idxmin()], done.loc[done["val_accuracy"].idxmax()]
+    text = r.key_findings()
+    first = text.splitlines()[0]
+    ce = [best[f"val_ce{end}"] for end in ("", "_low", "_high")]
+    accuracy = [100 * best[f"val_accuracy{end}"] for end in ("", "_low", "_high")]
+    expected = [1, best["trial"], *np.round(ce, 3), *np.round(accuracy, 1)]
+    assert numbers(first)[: len(expected)] == pytest.approx(expected, abs=0.0501)
+    assert f"number {accurate['trial']}" in first or "and by accuracy" in first
+    replicas = done[[f"val_ce_{i}" for i in range(3)]].to_numpy()
+    others = [i for i in range(len(done)) if done.iloc[i]["trial"] != best["trial"]]
+    top = done.index.get_loc(best.name)
+    raw = np.array([stats.ttest_ind(replicas[i], replicas[top], equal_var=False).pvalue for i in others])
+    ranked = np.argsort(raw)
+    rejected = np.zeros(len(raw), bool)
+    for step, i in enumerate(ranked):
+        if raw[i] * (len(raw) - step) >= 0.05:
+            break
+        rejected[i] = True
+    assert numbers(text.splitlines()[1])[1:3] == [(~rejected).sum(), len(others)]
+    rho = stats.spearmanr(done["lr"], done["val_ce"]).statistic
+    trend = next(line for line in text.splitlines() if "Learning rate: larger values go with lower CE" in line)
+    assert f"{rho:+.2f}" in trend
+    undecided = next(line for line in text.splitlines() if "No trend" in line)
+    assert "Router rank" in undecided and "Learning rate" not in undecided
+
+
+def test_the_table_holds_every_trial_rounded_as_people_read(folder):
+    made(folder)
+    text = report.Report("made").all_trials()
+    rows = [line for line in text.splitlines() if re.match(r"\| \d", line)]
+    assert len(rows) == 14
+    assert not re.search(r"\d\.\d{6}", text)
+    assert "&#60;b&#62;" in text and "<b>" not in text
+
+
+def test_a_recommendation_needs_a_decided_trend(folder):
+    made(folder)
+    r = report.Report("made")
+    further = r.recommendations().split("### For Further Optimization")[1].split("###")[0]
+    for name, row in r.trends.iterrows():
+        said = f"{report.NAMES[name]}: the best value" in further
+        assert not said or row["p_holm"] < 0.05
+    assert "Router rank" in next(line for line in further.splitlines() if "Not decided" in line)
+
+
+@pytest.mark.parametrize("asked", [{"objective": "both", "pruner": "none"}, {"objective": "val_accuracy"}])
+@pytest.mark.parametrize(("n_trials", "n_replicas"), [(1, 1), (2, 2), (14, 3)])
+def test_small_and_other_studies_have_every_section_too(folder, asked, n_trials, n_replicas):
+    made(folder, n_trials, n_replicas, failed=n_trials > 3, **asked)
+    r = report.Report("made")
+    for piece in ("summary", "best_parameters", "all_trials", "key_findings", "recommendations", "measured", "undecided",
+                  "reproduce", "raw_data"):  # fmt: skip
+        text = getattr(r, piece)()
+        assert text and "nan" not in text.replace("finance", ""), piece
+    assert set(r.importance()) <= set(r.names)
+    assert len(r.running_best()) == n_trials
+
+
+def test_a_study_without_a_complete_trial_says_why(folder):
+    study = made(folder, 0)
+    trial = study.ask()
+    trial.set_user_attr("failure", "all 3 replicas diverged")
+    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    with pytest.raises(InputError, match="no complete trial: all 3 replicas diverged"):
+        report.Report("made")
+
+
+def test_the_pickle_is_the_study_and_holds_no_way_to_a_database(folder):
+    made(folder)
+    report.Report("made").raw_data()
+    content = (folder / "made" / "optuna_studies" / "ctbprn_study.pkl").read_bytes()
+    assert b"sqlite" not in content
+    assert len(pickle.loads(content).trials) == 14
+
+
+class References(html.parser.HTMLParser):
+    """Counts what a page would load from elsewhere, and pictures without alternative text."""
+
+    def __init__(self):
+        super().__init__()
+        self.external, self.pictures, self.scripts = [], [], 0
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.scripts += tag == "script"
+        loads = attrs.get("src") or (attrs.get("href") if tag == "link" else None) or ""
+        if loads and not loads.startswith("data:"):
+            self.external.append(loads)
+        if tag == "img":
+            self.pictures.append(attrs.get("alt", ""))
+
+
+@pytest.fixture(scope="module")
+def published(project, tmp_path_factory):
+    """A report published from a made study, by the real notebook in a real kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "REPORTS", project / "reports")
+        made(project / "reports")
+    done = project.python("-c", "from ctbprn_lib import report; report.publish('made')")
+    assert done.returncode == 0, done.stderr
+    return project / "reports" / "made"
+
+
+def test_the_published_page_is_whole_and_loads_nothing(published):
+    page, text = ((published / f"report.{kind}").read_text() for kind in ("html", "md"))
+    seen = References()
+    seen.feed(page)
+    assert seen.external == [] and seen.scripts == 0
+    assert len(seen.pictures) >= 8 and all(len(alt) > 20 for alt in seen.pictures)
+    pictures = re.findall(r"!\[.+?\]\((.+?)\)", text)
+    assert len(pictures) == len(seen.pictures)
+    for picture in pictures:
+        assert (published / picture).stat().st_size > 10_000
+    for name in ("optuna_plots/ce_loss_vs_accuracy.png", "optuna_plots/ce_loss_vs_lr.png", "optuna_results_detailed.csv",
+                 "optuna_studies/ctbprn_study.pkl"):  # fmt: skip
+        assert (published / name).is_file()
+    headings = ["Best Parameters Found", "Complete Trial Results", "Key Findings", "Recommendations", "Generated Plots",
+                "Raw Data", "How this was measured", "What remains undecided", "Reproduce this report"]  # fmt: skip
+    assert re.findall(r"^## (.+)$", text, re.M) == headings
+    assert not re.search(r"/(home|root|work|tmp|Users)/|it/s|Traceback|Warning|import ", text)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium (Debian package), which .ci/run installs")
+def test_a_browser_shows_the_page_and_asks_the_network_for_nothing(published, tmp_path):
+    log = tmp_path / "net.json"
+    subprocess.run(
+        ("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", f"--screenshot={tmp_path / 'page.png'}",
+         "--window-size=1100,2000", f"file://{published / 'report.html'}"),
+        capture_output=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert (tmp_path / "page.png").stat().st_size > 50_000
+    text = log.read_text()
+    page_asked = [url for url in re.findall(r'"url":"(https?:[^"]+)"', text) if "google" not in url]
+    assert page_asked == []
+    assert json.loads(text if text.rstrip().endswith("}") else text.rstrip().rstrip(",") + "]}")
+
+
+def test_text_from_outside_stays_text():
+    assert report.escape("<b>|`*_[x](y)") == "".join(f"&#{ord(c)};" if not c.isalnum() else c for c in "<b>|`*_[x](y)")
+    assert "\n" not in report.escape("a\nb") and "\x1b" not in report.escape("\x1b[31m")

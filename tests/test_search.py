@@ -1,0 +1,179 @@
+"""The space, the study that goes on, and its record."""
+
+import json
+import math
+
+import numpy as np
+import optuna
+import pytest
+
+from ctbprn_lib import InputError, search, tasks
+from ctbprn_lib.train import Budget
+
+BUDGET = Budget(4, 2, n_evals=2, n_validation=32)
+SPACE = {"lr": {"low": 1e-3, "high": 1e-2, "log": True}, "d": [4, 8], "rank": [2], "temperature": {"low": 0.5, "high": 2.0},
+         "batch_size": [4], "seq_len": [4, 8]}  # fmt: skip
+
+
+def run(task, n_trials, space=SPACE, budget=BUDGET, seed=0, **how):
+    question = {"task": task, "space": space, "budget": budget, "seed": seed}
+    study = search.open_study("s", **question, **{"pruner": "none", **how})
+    search.run_trials(study, n_trials, **question)
+    return study
+
+
+def test_the_default_space_is_the_published_one():
+    space = search.default_space(tasks.RoutingTask())
+    assert space["seq_len"] == [32, 64, 128] and space["d"] == [32, 64, 96] and space["batch_size"] == [8, 16, 32]
+    assert (space["lr"]["low"], space["lr"]["high"], space["temperature"]["high"]) == (1e-4, 1e-2, 2.0)
+
+
+def test_n_trials_is_a_total_and_no_trial_is_repeated(reports, small_task):
+    assert len(run(small_task, 3).trials) == 3
+    study = run(small_task, 5)
+    assert [t.number for t in study.trials] == list(range(5))
+    assert len({json.dumps(t.params, sort_keys=True) for t in study.trials}) == 5
+    assert len(run(small_task, 4).trials) == 5
+    assert (reports / "s" / "optuna_studies" / "ctbprn_study.db").is_file()
+
+
+def test_another_question_is_refused_and_the_difference_named(reports, small_task):
+    run(small_task, 1)
+    other = tasks.RoutingTask(3, 8, 8)
+    for change, said in (
+        ({"budget": Budget(5, 2, n_evals=2, n_validation=32)}, "budget.n_steps: there 4, here 5"),
+        ({"space": SPACE | {"d": [4, 16]}}, r"space.d: there \[4, 8\], here \[4, 16\]"),
+        ({"space": SPACE | {"lr": {"low": 1e-3, "high": 1e-1, "log": True}}}, "space.lr.high: there 0.01, here 0.1"),
+        ({"task": other}, "task.n_areas: there 2, here 3"),
+        ({"objective": "val_accuracy"}, "objective: there val_ce, here val_accuracy"),
+        ({"seed": 1}, "seed: there 0, here 1"),
+    ):
+        with pytest.raises(InputError, match=said):
+            run(**{"task": small_task, "n_trials": 2, **change})
+    assert len(run(small_task, 1).trials) == 1
+
+
+def test_the_record_has_every_replica_the_cost_and_where_it_came_from(reports, small_task):
+    frame = search.records(run(small_task, 3))
+    for _, row in frame.iterrows():
+        ce = np.array([row["val_ce_0"], row["val_ce_1"]])
+        assert row["val_ce"] == pytest.approx(ce.mean(), abs=1e-6)
+        assert row["val_ce_low"] <= row["val_ce"] <= row["val_ce_high"]
+        assert 0 <= row["val_accuracy_low"] <= row["val_accuracy"] <= row["val_accuracy_high"] <= 1
+        assert row["n_diverged"] == 0 and row["train_seconds"] > 0 and row["n_parameters"] > 0
+        assert row["torch"] and row["commit"] and row["device"].startswith("CPU")
+    assert set(SPACE) <= set(frame.columns)
+
+
+@pytest.mark.parametrize("sampler", search.SAMPLERS)
+@pytest.mark.parametrize("pruner", search.PRUNERS)
+def test_every_sampler_runs_with_every_pruner(reports, small_task, sampler, pruner):
+    study = run(small_task, 2, sampler=sampler, pruner=pruner)
+    assert all(t.state in search.FINISHED for t in study.trials)
+
+
+@pytest.mark.parametrize(("objective", "n"), [("val_ce", 1), ("val_accuracy", 1), ("both", 2)])
+def test_objectives(reports, small_task, objective, n):
+    study = run(small_task, 2, objective=objective)
+    for trial in study.trials:
+        kept = [trial.user_attrs[name] for name in (("val_ce", "val_accuracy") if n == 2 else (objective,))]
+        assert trial.values == pytest.approx(kept)
+
+
+def test_both_cannot_be_pruned(reports, small_task):
+    with pytest.raises(InputError, match="pruner none"):
+        run(small_task, 1, objective="both", pruner="median")
+
+
+def test_hopeless_trials_are_pruned(reports, small_task, monkeypatch):
+    monkeypatch.setattr(optuna.pruners.MedianPruner, "prune", lambda self, study, trial: trial.number == 1)
+    study = run(small_task, 3, pruner="median")
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "PRUNED", "COMPLETE"]
+    assert search.records(study).loc[1, "n_steps"] == 2
+
+
+def test_a_trial_whose_replicas_all_diverge_fails_with_a_reason_and_a_study_of_such_stops(reports, small_task):
+    class Poisoned:
+        def __getattr__(self, name):
+            return getattr(small_task, name)
+
+        def draw(self, *args):
+            batch = small_task.draw(*args)
+            return batch._replace(x=batch.x * float("nan"))
+
+    with pytest.raises(InputError, match="3 trials gave no score.*all 2 replicas diverged, the first at step 1"):
+        run(Poisoned(), 2)
+    states = search.records(search.load_study("s"))
+    assert (states["state"] == "fail").all() and states["failure"].str.contains("diverged").all()
+
+
+def test_out_of_memory_is_recorded_with_its_shape_and_the_study_goes_on(reports, small_task, monkeypatch):
+    real, calls = search.fit, []
+
+    def sometimes(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(search, "fit", sometimes)
+    frame = search.records(run(small_task, 2))
+    assert frame["state"].tolist() == ["fail", "complete", "complete"]
+    assert "out of memory" in frame.loc[0, "failure"] and "batch_size=4" in frame.loc[0, "failure"]
+    assert math.isnan(frame.loc[0, "val_ce"])
+
+
+def test_a_space_from_yaml_replaces_what_it_names(tmp_path, small_task):
+    path = tmp_path / "space.yaml"
+    path.write_text("d: [4, 16]\nrank: 8\nlr: {low: 0.001, high: 0.1, log: true}\nn_layers: [1, 2, 3]\n")
+    space = search.load_space(path, small_task)
+    assert space["d"] == [4, 16] and space["rank"] == [8] and space["n_layers"] == [1, 2, 3]
+    assert space["seq_len"] == [2, 4, 8]  # the default for 8 tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dim: [3]", "dim: not a hyperparameter"),
+        ("d: [32, x]", "d must be a whole number above 0, got 'x'"),
+        ("d: [32, -1]", "d must be"),
+        ("d: []", "at least one level"),
+        ("d: [8, 8]", "each once"),
+        ("lr: {low: 1, high: 0.1}", "low must be below high"),
+        ("lr: {low: 0.1}", "a range has low, high"),
+        ("lr: {low: 0.1, high: 1, log: 'yes'}", "log must be true or false"),
+        ("lr: {low: 0.1, high: .inf}", "out of reach"),
+        ("seq_len: [4, 9]", "the task has 8 tokens"),
+        ("[1, 2]", "expected hyperparameters"),
+        ("d: [", "not a readable YAML"),
+        ("d: !!python/object/apply:os.system [echo]", "not a readable YAML"),
+    ],
+)
+def test_a_bad_space_is_refused_with_file_field_and_expectation(tmp_path, small_task, text, message):
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        search.load_space(path, small_task)
+    assert "space.yaml" in str(error.value)
+
+
+def test_storage_comes_from_the_parameter_else_the_environment_else_the_folder(reports, monkeypatch):
+    assert search.storage_url("s").endswith("s/optuna_studies/ctbprn_study.db")
+    monkeypatch.setenv("CTBPRN_STORAGE", "sqlite:///elsewhere.db")
+    assert search.storage_url("s") == "sqlite:///elsewhere.db"
+    assert search.storage_url("s", "sqlite:///mine.db") == "sqlite:///mine.db"
+    with pytest.raises(InputError, match="password") as error:
+        search.storage_url("s", "postgresql://me:hunter2@localhost/db")
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "<b>", "x" * 65, "a\n"])
+def test_study_names_are_confined(name):
+    with pytest.raises(InputError, match="study_name"):
+        search.study_folder(name)
+
+
+def test_a_study_that_is_not_there_is_named(reports):
+    with pytest.raises(InputError, match="no study 'nothing'"):
+        search.load_study("nothing")
+    assert not list(reports.iterdir())
