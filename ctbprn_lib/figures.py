@@ -188,8 +188,8 @@ def layer(ax, K):
 
 def legend_of_states(ax):
     """A legend that says what points and bars are."""
-    ax.legend(handles=[Line2D([], [], marker="o", ls="-", color=BLUE, label="trial: mean and 95 % interval over replicas")],
-              fontsize=9)  # fmt: skip
+    label = "trial: mean and 95 % interval over replicas"
+    ax.legend(handles=[Line2D([], [], marker="o", ls="-", color=BLUE, label=label)], fontsize=9)
     return ax
 
 

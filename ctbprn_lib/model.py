@@ -95,17 +95,7 @@ class CTBPRN(nn.Module):
     """
 
     def __init__(
-        self,
-        n_features,
-        d,
-        rank,
-        n_areas,
-        n_layers=2,
-        n_classes=2,
-        temperature=1.0,
-        n_replicas=1,
-        stem=True,
-        seed=0,
+        self, n_features, d, rank, n_areas, n_layers=2, n_classes=2, temperature=1.0, n_replicas=1, stem=True, seed=0
     ):
         super().__init__()
         sizes = dict(n_features=n_features, d=d, rank=rank, n_areas=n_areas, n_layers=n_layers, n_classes=n_classes)
@@ -131,8 +121,10 @@ class CTBPRN(nn.Module):
         seeds = [seed + r for r in range(R)] if isinstance(seed, int) else list(seed)
         if len(seeds) != R:
             raise InputError(f"seed must be one number or {R}, one a replica, got {len(seeds)}")
-        for r, s in enumerate(seeds):
-            self._set_replica(r, _initial_values(self.config, int(s)))
+        with torch.random.fork_rng(devices=[]):
+            for r, s in enumerate(seeds):
+                torch.manual_seed(s)
+                self._set_replica(r, draw_initial_values(self.config))
 
     def forward(self, x, gumbel=None, mask=None):
         """Class logits and route logits.
@@ -169,7 +161,8 @@ class CTBPRN(nn.Module):
     def reference_names(self):
         """Pairs (the original's name, place): place is (parameter name, index behind the replica axis)."""
         column = {"W_b": "W_b.weight", "W_a": "W_a.weight", "W_g": "W_g.weight", "beta": "W_g.bias",
-                  "W_m1": "W_m1.weight", "W_m2": "W_m2.weight", "norm_gain": "norm.weight", "norm_bias": "norm.bias"}  # fmt: skip
+                  "W_m1": "W_m1.weight", "W_m2": "W_m2.weight",
+                  "norm_gain": "norm.weight", "norm_bias": "norm.bias"}  # fmt: skip
         shared = {"U": "router.U", "V": "router.V", "P": "ctrl.proj.weight", "p": "ctrl.proj.bias",
                   "ctrl_gain": "ctrl.head.0.weight", "ctrl_bias": "ctrl.head.0.bias", "H1": "ctrl.head.1.weight",
                   "b1": "ctrl.head.1.bias", "H2": "ctrl.head.3.weight", "b2": "ctrl.head.3.bias"}  # fmt: skip
@@ -233,8 +226,8 @@ def _sha256(state):
     return digest.hexdigest()
 
 
-def _initial_values(config, seed):
-    """One replica's initial values under the original's names, in the draw order that MODEL section 2 fixes."""
+def draw_initial_values(config):
+    """One replica's initial values under the original's names, from torch's CPU state, in MODEL section 2's order."""
     K, d, r = config["n_areas"], config["d"], config["rank"]
     values = {}
 
@@ -244,26 +237,24 @@ def _initial_values(config, seed):
     def norm(name, size):
         values.update({f"{name}.weight": torch.ones(size), f"{name}.bias": torch.zeros(size)})
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for i in range(config["n_layers"]):
-            for k in range(K):
-                column = f"steps.{i}.columns.{k}"
-                for name in ("W_b", "W_a", "W_g", "W_m1", "W_m2"):
-                    linear(f"{column}.{name}", d * (1 + (name == "W_g")), d, bias=name == "W_g")
-                for name in ("W_b", "W_a", "W_m1", "W_m2"):
-                    nn.init.xavier_uniform_(values[f"{column}.{name}.weight"], gain=0.8)
-                nn.init.xavier_uniform_(values[f"{column}.W_g.weight"], gain=0.2)
-                norm(f"{column}.norm", d)
-            for name in ("U", "V"):
-                values[f"steps.{i}.router.{name}"] = torch.randn(K, d, r) * d**-0.5
-            linear(f"steps.{i}.ctrl.proj", d, d)
-            norm(f"steps.{i}.ctrl.head.0", K * d)
-            linear(f"steps.{i}.ctrl.head.1", K * d, 2 * d)
-            linear(f"steps.{i}.ctrl.head.3", 2 * d, K)
-        norm("head.0", K * d)
-        linear("head.2", K * d, config["n_classes"])
-        if config["stem"]:  # drawn last, so that a network without a stem has the golden files' values
-            for k in range(K):
-                linear(f"stem.{k}", config["n_features"], d)
+    for i in range(config["n_layers"]):
+        for k in range(K):
+            column = f"steps.{i}.columns.{k}"
+            for name in ("W_b", "W_a", "W_g", "W_m1", "W_m2"):
+                linear(f"{column}.{name}", d * (1 + (name == "W_g")), d, bias=name == "W_g")
+            for name in ("W_b", "W_a", "W_m1", "W_m2"):
+                nn.init.xavier_uniform_(values[f"{column}.{name}.weight"], gain=0.8)
+            nn.init.xavier_uniform_(values[f"{column}.W_g.weight"], gain=0.2)
+            norm(f"{column}.norm", d)
+        for name in ("U", "V"):
+            values[f"steps.{i}.router.{name}"] = torch.randn(K, d, r) * d**-0.5
+        linear(f"steps.{i}.ctrl.proj", d, d)
+        norm(f"steps.{i}.ctrl.head.0", K * d)
+        linear(f"steps.{i}.ctrl.head.1", K * d, 2 * d)
+        linear(f"steps.{i}.ctrl.head.3", 2 * d, K)
+    norm("head.0", K * d)
+    linear("head.2", K * d, config["n_classes"])
+    if config["stem"]:  # drawn last, so that a network without a stem has the golden files' values
+        for k in range(K):
+            linear(f"stem.{k}", config["n_features"], d)
     return values

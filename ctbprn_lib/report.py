@@ -81,6 +81,8 @@ class Report:
         self.asked = self.study.user_attrs["fingerprint"]
         self.budget, self.space, self.task = self.asked["budget"], self.asked["space"], self.asked["task"]
         self.score = "val_accuracy" if self.asked["objective"] == "val_accuracy" else "val_ce"
+        how = self.study.user_attrs.get("how", {})
+        self.asked_how = ", ".join(f"{key} {how[key]}" for key in ("sampler", "pruner") if key in how) or "TPE"
         self.baselines = self.study.user_attrs.get("baselines", {})
         self.names = [name for name in HYPERPARAMETERS if name in self.space]
         self.trials = records(self.study)
@@ -105,9 +107,9 @@ class Report:
         states = ", ".join(f"{counts[s]} {s}" for s in ("complete", "pruned", "fail", "running") if s in counts)
         return (
             f"> Which hyperparameters of CTBPRN are best on **{escape(self.task['task'])}**? {len(self.trials)} trials "
-            f"({states}), each {self.budget['n_replicas']} independent trainings of {self.budget['n_steps']} steps; scores are "
-            "means over those replicas on held-out data, with 95 % intervals. They are tuning scores: the best of many "
-            "is partly luck, and it has not been trained again on fresh seeds."
+            f"({states}), each {self.budget['n_replicas']} independent trainings (replicas) of {self.budget['n_steps']} "
+            "steps; scores are means over replicas on held-out data, with 95 % intervals. They are tuning scores: "
+            "the best of many is partly luck, and none has been trained again on fresh seeds."
         )
 
     def best_parameters(self):
@@ -156,8 +158,9 @@ class Report:
             if rule in self.baselines:
                 row, level = self.by_accuracy, self.baselines[rule]
                 known = math.isfinite(row["val_accuracy_low"])
-                verdict = ("above" if known and row["val_accuracy_low"] > level else
-                           "below" if known and row["val_accuracy_high"] < level else "not distinguishable from")  # fmt: skip
+                verdict = "not distinguishable from"
+                if known and not row["val_accuracy_low"] <= level <= row["val_accuracy_high"]:
+                    verdict = "above" if row["val_accuracy"] > level else "below"
                 findings.append(
                     f"**The best accuracy is {verdict} {'the linear rule' if rule == 'linear rule' else 'chance'}**, "
                     f"which scores {100 * level:.1f} % on test samples; the trial scores {accuracy(row)}."
@@ -199,10 +202,11 @@ class Report:
         if undecided:
             further.append(f"Not decided here, so nothing is recommended: {', '.join(undecided)}.")
         largest = self.complete.loc[self.complete["peak_mem_mib"].idxmax()]
+        shape = ", ".join(f"{n} {value(n, largest[n])}" for n in ("d", "batch_size", "seq_len"))
         memory = [
             f"Peak memory of {self.budget['n_replicas']} replicas trained together ran from "
-            f"{self.complete['peak_mem_mib'].min():.0f} to {largest['peak_mem_mib']:.0f} MiB (trial {largest['trial']}, "
-            f"{', '.join(f'{n} {value(n, largest[n])}' for n in ('d', 'batch_size', 'seq_len') if n in self.names)}); "
+            f"{self.complete['peak_mem_mib'].min():.0f} to {largest['peak_mem_mib']:.0f} MiB "
+            f"(trial {largest['trial']}, {shape}); "
             f"trial {best['trial']} took {best['peak_mem_mib']:.0f} MiB."
         ]
         parts = (
@@ -222,19 +226,22 @@ class Report:
             f"{self.task['n_features']} features. It is the same for all trials: `seq_len` is how many of the first "
             "tokens the network sees, while the label comes from all of them.\n"
             f"- **Space**: {sampled}.\n"
-            f"- **A trial** is {b['n_replicas']} replicas with their own initial values, batches and noise, trained together "
-            f"for {b['n_steps']} steps (AdamW, {b['schedule'].replace('_', '-')} rate, gradient norm at most {b['clip']:g} a "
-            f"replica, precision {b['precision']}) on {escape(device)}.\n"
-            f"- **A score** is the mean over replicas on {finer} validation samples that no training batch holds, without "
-            "gate noise, after the last step. The interval is Student's t over replicas: the seed is the unit of "
-            "replication, not the sample. CE is in nats.\n"
-            f"- **The search** minimises or maximises `{self.asked['objective']}` on the validation set. What the "
-            "trials show is a description of what the sampler tried, not an experiment on one hyperparameter at a time."
+            f"- **A trial** is {b['n_replicas']} replicas with their own initial values, batches and noise, trained "
+            f"together for {b['n_steps']} steps (AdamW, {b['schedule'].replace('_', '-')} rate, gradient norm at "
+            f"most {b['clip']:g} a replica, precision {b['precision']}) on {escape(device)}.\n"
+            f"- **A score** is the mean over replicas on {finer} validation samples that no training batch holds, "
+            "without gate noise, after the last step. The interval is Student's t over replicas: the seed is the unit "
+            "of replication, not the sample. CE is in nats.\n"
+            f"- **The search** ({self.asked_how}) asks for the best `{self.asked['objective']}` on the validation set. "
+            "The trials are what the sampler tried, not an experiment on one hyperparameter at a time."
         )
 
     def undecided(self):
-        lines = [f"{NAMES[n]}: Spearman ρ = {row['rho']:+.2f}, Holm-adjusted p {_p(row['p_holm'])}, {len(self.complete)} complete trials."
-                 for n, row in self.trends.iterrows() if not self._decided(row) and np.isfinite(row["rho"])]  # fmt: skip
+        lines = [
+            f"{NAMES[name]}: Spearman ρ = {row['rho']:+.2f}, Holm-adjusted p {_p(row['p_holm'])}."
+            for name, row in self.trends.iterrows()
+            if not self._decided(row) and np.isfinite(row["rho"])
+        ]
         lines.append(
             "Whether the best trial stays best on fresh seeds and on test samples: no trial has been trained again."
         )
@@ -250,12 +257,13 @@ class Report:
         command = (
             f"papermill notebooks/tune.ipynb runs/tune.ipynb -p study_name again -p task {self.task['task']} "
             f"-p n_trials {int(self.trials['state'].isin(['complete', 'pruned']).sum())} -p n_steps {b['n_steps']} "
-            f"-p n_replicas {b['n_replicas']} -p objective {q['objective']} -p seed {q['seed']} -p precision {b['precision']}"
+            f"-p n_replicas {b['n_replicas']} -p objective {q['objective']} -p seed {q['seed']} "
+            f"-p precision {b['precision']}"
         )
-        used = "; ".join(f"{name} {', '.join(sorted(set(map(str, t[key]))))}"
-                         for name, key in (("commit", "commit"), ("torch", "torch"), ("Optuna", "optuna"), ("Python", "python")))  # fmt: skip
-        total = self.trials["train_seconds"].sum()
-        return f"- {used}; {', '.join(sorted(set(t['device'])))}.\n- Training and scoring took {total / 60:.1f} minutes.\n\n```\n{command}\n```"
+        names = {"commit": "commit", "torch": "torch", "Optuna": "optuna", "Python": "python", "device": "device"}
+        used = "; ".join(f"{name} {', '.join(sorted(set(map(str, t[key]))))}" for name, key in names.items())
+        minutes = self.trials["train_seconds"].sum() / 60
+        return f"- {escape(used)}.\n- Training and scoring took {minutes:.1f} minutes.\n\n```\n{command}\n```"
 
     def curves(self, name):
         """(steps, {label: (evaluations, R)}) of the two best and the two worst complete trials by CE."""
@@ -318,7 +326,7 @@ class Report:
 
 
 def show(fig, path, alt):
-    """Save fig to path (PNG) and show it in the notebook; the published report points at the file, with alt as its text."""
+    """Save fig to path (PNG) and show it in the notebook; what is published points at the file, with alt as text."""
     import matplotlib.pyplot as plt
     from IPython.display import publish_display_data
 

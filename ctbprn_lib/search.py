@@ -147,9 +147,8 @@ def open_study(name, storage="", *, task, space, budget, objective="val_ce", sam
     """
     if objective == "both" and pruner != "none":
         raise InputError("objective both (a Pareto front) cannot be pruned; give pruner none with it")
-    fingerprint = json.loads(json.dumps(
-        dict(protocol="replicated", task=task.description, space=space, budget=asdict(budget), objective=objective, seed=seed)
-    ))  # fmt: skip
+    fingerprint = dict(protocol="replicated", task=task.description, space=space, budget=asdict(budget))
+    fingerprint = json.loads(json.dumps(fingerprint | dict(objective=objective, seed=seed)))
     url = storage_url(name, storage)
     if url.startswith("sqlite:///"):
         Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -166,6 +165,7 @@ def open_study(name, storage="", *, task, space, budget, objective="val_ce", sam
             f"study {name!r} exists and asks another question; give another study_name, or the values it was made "
             "with:\n" + "\n".join(f"  {where}: there {there}, here {here}" for where, there, here in differences)
         )
+    study.set_user_attr("how", {"sampler": sampler, "pruner": pruner})
     so_far = len(study.get_trials(deepcopy=False))  # the same seed again would repeat the trials there already
     sampler_seed = int(np.random.SeedSequence([seed, so_far]).generate_state(1)[0])
     study.sampler = SAMPLERS[sampler](seed=sampler_seed)

@@ -62,15 +62,13 @@ def test_outputs_loss_gradients_and_one_adamw_step_are_the_golden_ones(golden):
         assert relative(model.get_parameter(ours).grad[0][index], arrays[f"grad.{name}"]) < 1e-5, name
     optimizer.step()
     for name, (ours, index) in model.reference_names():
-        # AdamW's first step is lr g / (|g| + 1e-8): where the golden gradient is as small as float32's own rounding of
-        # this sum, its sign and size are not determined, so those few values are held to the size of a step instead.
-        step, grad = arrays[f"after_adamw.{name}"], np.abs(arrays[f"grad.{name}"])
-        determined = torch.as_tensor(grad > 1e-6 * grad.max())
+        # AdamW's first step is lr g / (|g| + eps): where |g| is not far above eps, float32's rounding of the gradient
+        # (1e-6 of its largest value) is magnified by lr eps / (|g| + eps)^2, in any implementation.
+        expected, grad = (torch.as_tensor(arrays[f"{kind}.{name}"]) for kind in ("after_adamw", "grad"))
+        magnified = 1e-3 * 1e-8 / (grad.abs() + 1e-8) ** 2 * 1e-6 * grad.abs().max()
         after = model.get_parameter(ours)[0][index].detach()
-        expected = torch.as_tensor(step)
-        assert relative(torch.where(determined, after, expected), step) < 1e-5, name
-        assert (after - expected).abs().max() < 1e-3, name
-        assert (~determined).sum() <= 3, name
+        assert ((after - expected).abs() <= 1e-5 * expected.abs().max() + magnified).all(), name
+        assert (magnified > 1e-6).double().mean() < 0.05, name  # so the bound is 1e-5 nearly everywhere
 
 
 def params_of(model, r):

@@ -30,7 +30,7 @@ def made(reports, n_trials=14, n_replicas=3, name="made", failed=True, **asked):
         hp = search.suggest(trial, search.default_space(task))
         ce = 0.5 - 0.08 * np.log10(hp.lr / 1e-4) + rng.normal(0, 0.01, (2, n_replicas)) + [[0.2], [0]]
         accuracy = 1 - ce / 2
-        kept = {"val_ce": ce[-1].mean(), "val_accuracy": accuracy[-1].mean(), "steps": [50, 100], "diverged_at": [None] * n_replicas,
+        kept = {"val_ce": ce[-1].mean(), "val_accuracy": accuracy[-1].mean(), "steps": [50, 100],
                 "curves": {"val_ce": ce.tolist(), "val_accuracy": accuracy.tolist(), "train_ce": ce.tolist()},
                 "n_diverged": 0, "train_seconds": float(rng.uniform(5, 50)), "step_time_ms": 3.0, "samples_seen": 100,
                 "peak_mem_mib": float(rng.uniform(50, 500)), "n_parameters": 1000, "device": "CPU, 1 threads",
@@ -116,10 +116,10 @@ def test_a_recommendation_needs_a_decided_trend(folder):
 def test_small_and_other_studies_have_every_section_too(folder, asked, n_trials, n_replicas):
     made(folder, n_trials, n_replicas, failed=n_trials > 3, **asked)
     r = report.Report("made")
-    for piece in ("summary", "best_parameters", "all_trials", "key_findings", "recommendations", "measured", "undecided",
-                  "reproduce", "raw_data"):  # fmt: skip
+    pieces = "summary best_parameters all_trials key_findings recommendations measured undecided reproduce raw_data"
+    for piece in pieces.split():
         text = getattr(r, piece)()
-        assert text and "nan" not in text.replace("finance", ""), piece
+        assert text and "nan" not in text, piece
     assert set(r.importance()) <= set(r.names)
     assert len(r.running_best()) == n_trials
 
@@ -179,8 +179,8 @@ def test_the_published_page_is_whole_and_loads_nothing(published):
     assert len(pictures) == len(seen.pictures)
     for picture in pictures:
         assert (published / picture).stat().st_size > 10_000
-    for name in ("optuna_plots/ce_loss_vs_accuracy.png", "optuna_plots/ce_loss_vs_lr.png", "optuna_results_detailed.csv",
-                 "optuna_studies/ctbprn_study.pkl"):  # fmt: skip
+    artefacts = ["optuna_plots/ce_loss_vs_accuracy.png", "optuna_plots/ce_loss_vs_lr.png"]
+    for name in (*artefacts, "optuna_results_detailed.csv", "optuna_studies/ctbprn_study.pkl"):
         assert (published / name).is_file()
     headings = ["Best Parameters Found", "Complete Trial Results", "Key Findings", "Recommendations", "Generated Plots",
                 "Raw Data", "How this was measured", "What remains undecided", "Reproduce this report"]  # fmt: skip

@@ -11,8 +11,14 @@ from ctbprn_lib import InputError, search, tasks
 from ctbprn_lib.train import Budget
 
 BUDGET = Budget(4, 2, n_evals=2, n_validation=32)
-SPACE = {"lr": {"low": 1e-3, "high": 1e-2, "log": True}, "d": [4, 8], "rank": [2], "temperature": {"low": 0.5, "high": 2.0},
-         "batch_size": [4], "seq_len": [4, 8]}  # fmt: skip
+SPACE = {
+    "lr": {"low": 1e-3, "high": 1e-2, "log": True},
+    "d": [4, 8],
+    "rank": [2],
+    "temperature": {"low": 0.5, "high": 2.0},
+    "batch_size": [4],
+    "seq_len": [4, 8],
+}
 
 
 def run(task, n_trials, space=SPACE, budget=BUDGET, seed=0, **how):
@@ -101,7 +107,7 @@ def test_a_trial_whose_replicas_all_diverge_fails_with_a_reason_and_a_study_of_s
             batch = small_task.draw(*args)
             return batch._replace(x=batch.x * float("nan"))
 
-    with pytest.raises(InputError, match="3 trials gave no score.*all 2 replicas diverged, the first at step 1"):
+    with pytest.raises(InputError, match=r"3 trials gave no score.*all 2 replicas diverged, the first at step 1"):
         run(Poisoned(), 2)
     states = search.records(search.load_study("s"))
     assert (states["state"] == "fail").all() and states["failure"].str.contains("diverged").all()
