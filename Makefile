@@ -10,34 +10,40 @@ export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 
 ifeq ($(SIZE),quick)
 STUDY := quick
-TUNE := -p n_trials 12 -p n_replicas 3 -p n_steps 200
+REPRODUCE := quick-reproduce
+TUNE := -p n_trials 10 -p n_replicas 3 -p n_steps 150
+AUDIT := -p n_seeds 60 -p n_fresh_seeds 6 -p n_spread_seeds 6 -p max_steps 20
 else ifeq ($(SIZE),full)
 STUDY := ctbprn
-TUNE := -p n_trials 40 -p n_replicas 4 -p n_steps 600
+REPRODUCE := reproduce
+TUNE := -p n_trials 40 -p n_replicas 4 -p n_steps 500
+AUDIT := -p n_fresh_seeds 32 -p n_spread_seeds 32 -p max_steps 2000 -p n_curve_seeds 8
 else
 $(error SIZE must be quick or full, got $(SIZE))
 endif
+RUN := $(BIN)/papermill --no-progress-bar --log-output
 
 .PHONY: report test lab
-report: .venv/ready | runs
-	$(BIN)/papermill --no-progress-bar --log-output notebooks/explore.ipynb runs/explore.ipynb
-	$(BIN)/papermill --no-progress-bar --log-output notebooks/tune.ipynb runs/tune.ipynb -p study_name $(STUDY) $(TUNE)
-	@echo "The report is reports/$(STUDY)/report.html"
+report: export TQDM_DISABLE := 1
+report: .venv/ready
+	$(RUN) notebooks/reproduce.ipynb runs/reproduce.ipynb -p study_name $(REPRODUCE) $(AUDIT)
+	$(BIN)/python -m ctbprn_lib.report runs/reproduce.ipynb $(REPRODUCE)
+	$(RUN) notebooks/tune.ipynb runs/tune.ipynb -p study_name $(STUDY) $(TUNE)
+	@echo "Written: reports/$(STUDY)/report.html and reports/$(REPRODUCE)/report.html"
 
 test: .venv/ready
-	$(BIN)/ruff check ctbprn_lib notebooks tests
-	$(BIN)/ruff format --check ctbprn_lib notebooks tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/pytest
 
 lab: .venv/ready
-	$(BIN)/jupyter lab --notebook-dir=. notebooks
-
-runs:
-	mkdir -p runs
+	$(BIN)/jupyter lab notebooks
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 		|| { echo "Python 3.11 to 3.13 is needed, got $$($(PYTHON) --version); name another with PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,uea,postgres,dashboard]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[test,uea,postgres,dashboard]'
+	@mkdir -p runs
 	@touch $@

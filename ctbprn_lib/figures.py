@@ -186,6 +186,29 @@ def layer(ax, K):
     return ax
 
 
+def histogram(ax, groups, mark, mark_label, scale=100):
+    """Shares of values {label: (n,)} (times scale) in bins between them, and a line at mark."""
+    everything = scale * np.concatenate([np.asarray(v) for v in groups.values()])
+    distinct = np.unique(everything.round(6))
+    width = np.diff(distinct).min() if 1 < len(distinct) <= 40 else np.ptp(everything) / 30 or 1
+    bins = np.arange(everything.min() - width / 2, everything.max() + width, width)
+    for (label, values), color in zip(groups.items(), CYCLE, strict=False):
+        weights = np.full(len(values), 100 / len(values))
+        ax.hist(scale * np.asarray(values), bins, weights=weights, color=color, alpha=0.6, label=label)
+    ax.axvline((scale if mark <= 1 and scale > 1 else 1) * mark, color=RED, lw=2, label=mark_label)
+    ax.legend(fontsize=9)
+    return ax
+
+
+def against(ax, x, y):
+    """One point a seed, and the line on which both are equal."""
+    ax.plot(x, y, "o", color=BLUE, alpha=0.7)
+    ends = [min(np.min(x), np.min(y)), max(np.max(x), np.max(y))]
+    ax.plot(ends, ends, "--", color=GREY, label="equal")
+    ax.legend(fontsize=9)
+    return ax
+
+
 def legend_of_states(ax):
     """A legend that says what points and bars are."""
     label = "trial: mean and 95 % interval over replicas"

@@ -14,7 +14,8 @@ from ctbprn_lib import InputError, __version__
 from ctbprn_lib.search import OBJECTIVES, PRUNERS, SAMPLERS, commit, device_name, storage_url, study_folder
 from ctbprn_lib.train import PRECISIONS, resolve_device
 
-AT_LEAST_ONE = {"n_trials", "n_steps", "n_replicas", "d", "rank", "batch_size"}
+AT_LEAST_ONE = {"n_trials", "n_steps", "n_replicas", "d", "rank", "batch_size", "n_samples", "max_steps", "n_seeds"}
+AT_LEAST_TWO = {"n_fresh_seeds", "n_spread_seeds", "n_curve_seeds"}  # an interval needs two
 ABOVE_ZERO = {"lr", "temperature"}
 CHOICES = {
     "protocol": ("replicated",),
@@ -62,6 +63,8 @@ def _check_value(name, value, kind):
         refuse(f"one of {', '.join(CHOICES[name])}" + (f" (did you mean {near[0]}?)" if near else ""))
     if name in AT_LEAST_ONE and value < 1:
         refuse(f"{KINDS[kind]} of at least 1")
+    if name in AT_LEAST_TWO and value < 2:
+        refuse(f"{KINDS[kind]} of at least 2")
     if name in ABOVE_ZERO and not 0 < value < float("inf"):
         refuse("a number above 0")
     if name == "seq_len" and value < 0:

@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,21 @@ def accuracy(row):
 def ce(row):
     """Cross-entropy with its interval, in nats."""
     return _with_interval(row, "val_ce", 1, ".3f", "")
+
+
+def percent(interval):
+    """(mean, low, high) as shares, in per cent."""
+    return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * x for x in interval))
+
+
+def nats(interval):
+    """(mean, low, high) of a cross-entropy."""
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*interval)
+
+
+def number(x, digits):
+    """x with that many digits after the point, halves away from zero, as the original printed 0.78125 as 0.7813."""
+    return f"{x + math.copysign(1e-9, x):.{digits}f}"
 
 
 def value(name, x):
@@ -107,7 +123,7 @@ class Report:
         states = ", ".join(f"{counts[s]} {s}" for s in ("complete", "pruned", "fail", "running") if s in counts)
         return (
             f"> Which hyperparameters of CTBPRN are best on **{escape(self.task['task'])}**? {len(self.trials)} trials "
-            f"({states}), each {self.budget['n_replicas']} independent trainings (replicas) of {self.budget['n_steps']} "
+            f"({states}), each {self.budget['n_replicas']} trainings (replicas) of {self.budget['n_steps']} "
             "steps; scores are means over replicas on held-out data, with 95 % intervals. They are tuning scores: "
             "the best of many is partly luck, and none has been trained again on fresh seeds."
         )
@@ -403,3 +419,9 @@ def _range(entry):
     if isinstance(entry, list):
         return ", ".join(f"{x:g}" for x in entry)
     return f"{entry['low']:g} to {entry['high']:g}" + (" (log)" if entry.get("log") else "")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m ctbprn_lib.report EXECUTED_NOTEBOOK STUDY_NAME")
+    render(sys.argv[1], study_folder(sys.argv[2]))

@@ -11,33 +11,38 @@ from torch import nn
 
 
 def init_params(d, K, r, L, C, seed):
-    """Initial values in the fixed order of draws, from torch.manual_seed(seed); the global state is left alone."""
+    """Initial values from torch.manual_seed(seed); the global state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return draw_params(d, K, r, L, C)
+
+
+def draw_params(d, K, r, L, C):
+    """Initial values in the fixed order of draws, from torch's global state."""
     params = {}
 
     def keep(name, module):
         params.update({f"{name}.{key}": value.detach() for key, value in module.named_parameters()})
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for step in range(L):
-            for k in range(K):
-                W_b, W_a = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
-                W_g = nn.Linear(2 * d, d)
-                W_m1, W_m2 = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
-                for module in (W_b, W_a, W_m1, W_m2):
-                    nn.init.xavier_uniform_(module.weight, gain=0.8)
-                nn.init.xavier_uniform_(W_g.weight, gain=0.2)
-                modules = {"W_b": W_b, "W_a": W_a, "W_g": W_g, "W_m1": W_m1, "W_m2": W_m2, "norm": nn.LayerNorm(d)}
-                for name, module in modules.items():
-                    keep(f"steps.{step}.columns.{k}.{name}", module)
-            params[f"steps.{step}.router.U"] = torch.randn(K, d, r) * d**-0.5
-            params[f"steps.{step}.router.V"] = torch.randn(K, d, r) * d**-0.5
-            keep(f"steps.{step}.ctrl.proj", nn.Linear(d, d))
-            keep(f"steps.{step}.ctrl.head.0", nn.LayerNorm(K * d))
-            keep(f"steps.{step}.ctrl.head.1", nn.Linear(K * d, 2 * d))
-            keep(f"steps.{step}.ctrl.head.3", nn.Linear(2 * d, K))
-        keep("head.0", nn.LayerNorm(K * d))
-        keep("head.2", nn.Linear(K * d, C))
+    for step in range(L):
+        for k in range(K):
+            W_b, W_a = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
+            W_g = nn.Linear(2 * d, d)
+            W_m1, W_m2 = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
+            for module in (W_b, W_a, W_m1, W_m2):
+                nn.init.xavier_uniform_(module.weight, gain=0.8)
+            nn.init.xavier_uniform_(W_g.weight, gain=0.2)
+            modules = {"W_b": W_b, "W_a": W_a, "W_g": W_g, "W_m1": W_m1, "W_m2": W_m2, "norm": nn.LayerNorm(d)}
+            for name, module in modules.items():
+                keep(f"steps.{step}.columns.{k}.{name}", module)
+        params[f"steps.{step}.router.U"] = torch.randn(K, d, r) * d**-0.5
+        params[f"steps.{step}.router.V"] = torch.randn(K, d, r) * d**-0.5
+        keep(f"steps.{step}.ctrl.proj", nn.Linear(d, d))
+        keep(f"steps.{step}.ctrl.head.0", nn.LayerNorm(K * d))
+        keep(f"steps.{step}.ctrl.head.1", nn.Linear(K * d, 2 * d))
+        keep(f"steps.{step}.ctrl.head.3", nn.Linear(2 * d, K))
+    keep("head.0", nn.LayerNorm(K * d))
+    keep("head.2", nn.Linear(K * d, C))
     return params
 
 
@@ -107,7 +112,7 @@ def train(lr, d, rank, temperature, batch_size, seq_len, n_steps, K=2, L=2, C=2,
     Returns the training losses and the accuracies, one a step.
     """
     torch.manual_seed(seed)
-    params = {name: value.requires_grad_() for name, value in init_params(d, K, rank, L, C, seed).items()}
+    params = {name: value.requires_grad_() for name, value in draw_params(d, K, rank, L, C).items()}
     optimizer = torch.optim.AdamW(params.values(), lr=lr)
     losses, accuracies = [], []
     for _ in range(n_steps):
