@@ -27,7 +27,7 @@ RUN := $(BIN)/papermill --no-progress-bar --log-output
 report: export TQDM_DISABLE := 1
 report: .venv/ready
 	$(RUN) notebooks/reproduce.ipynb runs/reproduce.ipynb -p study_name $(REPRODUCE) $(AUDIT)
-	$(BIN)/python -m ctbprn_lib.report runs/reproduce.ipynb $(REPRODUCE)
+	$(BIN)/python -m ctbprn_lib.publish runs/reproduce.ipynb $(REPRODUCE)
 	$(RUN) notebooks/tune.ipynb runs/tune.ipynb -p study_name $(STUDY) $(TUNE)
 	@echo "Written: reports/$(STUDY)/report.html and reports/$(REPRODUCE)/report.html"
 

@@ -51,8 +51,7 @@ def made(reports, n_trials=14, n_replicas=3, name="made", failed=True, **asked):
 
 
 @pytest.fixture
-def folder(reports, monkeypatch):
-    monkeypatch.setattr(report, "REPORTS", reports)
+def folder(reports):
     return reports
 
 
@@ -164,7 +163,7 @@ def published(project, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "REPORTS", project / "reports")
         made(project / "reports")
-    done = project.python("-c", "from ctbprn_lib import report; report.publish('made')")
+    done = project.python("-c", "from ctbprn_lib.publish import publish; publish('made')")
     assert done.returncode == 0, done.stderr
     return project / "reports" / "made"
 
