@@ -227,7 +227,11 @@ def _sha256(state):
 
 
 def draw_initial_values(config):
-    """One replica's initial values under the original's names, from torch's CPU state, in MODEL section 2's order."""
+    """One replica's initial values under the original's names, from torch's CPU state, in MODEL section 2's order.
+
+    The stem, which the original has not, is semi-orthogonal (Saxe et al., 2014): the first layer sees the input's
+    geometry and variance as it would without one.
+    """
     K, d, r = config["n_areas"], config["d"], config["rank"]
     values = {}
 
@@ -255,6 +259,8 @@ def draw_initial_values(config):
     norm("head.0", K * d)
     linear("head.2", K * d, config["n_classes"])
     if config["stem"]:  # drawn last, so that a network without a stem has the golden files' values
+        scale = max(1, d / config["n_features"]) ** 0.5  # a channel keeps the variance of the input
         for k in range(K):
-            linear(f"stem.{k}", config["n_features"], d)
+            weight = nn.init.orthogonal_(torch.empty(d, config["n_features"]), gain=scale)
+            values |= {f"stem.{k}.weight": weight, f"stem.{k}.bias": torch.zeros(d)}
     return values

@@ -152,6 +152,17 @@ def test_replica_r_of_one_seed_is_the_solo_network_of_seed_plus_r():
     assert all(torch.equal(a[2], b[0]) for a, b in zip(many.parameters(), one.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(("n_features", "d"), [(3, 32), (16, 16), (64, 32)])
+def test_the_stem_keeps_the_variance_and_the_angles_of_the_input(n_features, d):
+    model = CTBPRN(n_features, d, 2, 2, n_replicas=2)
+    product = model.stem_weight.mT @ model.stem_weight if d >= n_features else model.stem_weight @ model.stem_weight.mT
+    scale = max(1, d / n_features)
+    torch.testing.assert_close(
+        product, (scale * torch.eye(min(d, n_features))).expand_as(product), atol=1e-5, rtol=1e-5
+    )
+    assert (model.stem_bias == 0).all()
+
+
 def test_making_a_network_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     CTBPRN(4, 8, 2, 2)
