@@ -223,8 +223,9 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
         return score["val_ce"] if study.direction.name == "MINIMIZE" else score["val_accuracy"]
 
     while (n_finished := len(study.get_trials(deepcopy=False, states=FINISHED))) < n_trials:
-        study.optimize(objective, n_trials=1, catch=(TrialFailed,))
-        trial = study.trials[-1]
+        ours = []  # not study.trials[-1], which may be another worker's
+        study.optimize(objective, 1, catch=(TrialFailed,), callbacks=[lambda _, trial: ours.append(trial)])  # noqa: B023
+        trial = ours[0]
         failed = failed + 1 if trial.state == optuna.trial.TrialState.FAIL else 0
         if failed >= max(3, n_trials):
             raise InputError(f"the last {failed} trials gave no score; the last one: {trial.user_attrs.get('failure')}")

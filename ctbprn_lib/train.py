@@ -59,9 +59,9 @@ class Budget:
 
     def __post_init__(self):
         for name in ("n_steps", "n_replicas", "n_evals", "n_validation", "clip"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise InputError(f"{name} must be above 0, got {value!r}")
+            value, kinds = getattr(self, name), (int, float) if name == "clip" else int
+            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+                raise InputError(f"{name} must be a {'' if name == 'clip' else 'whole '}number above 0, got {value!r}")
         for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -142,8 +142,12 @@ def fit(hyperparameters, task, budget=None, seed=0, device="auto", on_eval=None)
             result.steps.append(step)
             result.step_time_ms = 1000 * seconds / step
             result.samples_seen = step * hp.batch_size
-            result.diverged_at = [int(s) or None for s in diverged.tolist()]
             scores = score(model, task, "validation", budget.n_validation, hp.seq_len, autocast)
+            worthless = torch.from_numpy(~np.isfinite(scores["val_ce"])).to(
+                device
+            )  # the last update may have broken it
+            diverged = torch.where((diverged == 0) & worthless, step, diverged)
+            result.diverged_at = [s or None for s in diverged.tolist()]
             for name, value in {"train_ce": train_ce, **scores}.items():
                 value = np.where(diverged.cpu().numpy() > 0, np.nan, value)
                 result.curves[name] = np.vstack([*result.curves.get(name, []), value])
@@ -257,7 +261,7 @@ def resolve_device(device):
 def precision_context(precision, device):
     """A context factory for the forward pass; also sets how float32 products are computed on a GPU."""
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = precision in ("auto", "tf32")
+        torch.set_float32_matmul_precision("high" if precision in ("auto", "tf32") else "highest")
     elif precision == "tf32":
         raise InputError("precision tf32 needs a CUDA GPU; a CPU takes auto, fp32 or bf16")
     if precision == "bf16":

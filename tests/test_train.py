@@ -155,6 +155,7 @@ def test_route_shares_are_rows_of_shares(small_task, array_task):
         (lambda t: Hyperparameters(lr=0), "lr must be"),
         (lambda t: Hyperparameters(d=8.0), "d must be a whole number"),
         (lambda t: Budget(n_steps=True), "n_steps must be"),
+        (lambda t: Budget(n_evals=2.5), "n_evals must be a whole number"),
         (lambda t: Budget(schedule="cosine"), "one_cycle, constant"),
         (lambda t: fit(dataclasses.replace(HP, seq_len=9), t, Budget(1, 1)), "at most the task's 8 tokens"),
         (lambda t: fit(HP, t, Budget(1, 1), device="tpu"), '"auto", "cpu" or "cuda"'),
