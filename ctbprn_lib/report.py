@@ -56,7 +56,7 @@ def value(name, x):
 
 
 def table(header, rows):
-    """A Markdown table of cells that are escaped text."""
+    """A Markdown table; rows hold cells that are Markdown already."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
@@ -64,7 +64,7 @@ def table(header, rows):
 def escape(text):
     """Text from outside as Markdown and HTML both show it literally, on one line."""
     text = "".join(c if c.isprintable() else "�" for c in str(text))
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$-])", lambda m: f"&#{ord(m[0])};", text)
+    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", lambda m: f"&#{ord(m[0])};", text)
 
 
 class Report:

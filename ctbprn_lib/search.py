@@ -36,7 +36,7 @@ PRUNERS = {
     "hyperband": optuna.pruners.HyperbandPruner,
     "none": optuna.pruners.NopPruner,
 }
-TUNING, CONFIRMATION = 0, 1  # SeedSequence spawn keys: seeds of one purpose never serve another
+TUNING = 0  # first spawn key of a trial's SeedSequence: seeds of one purpose never serve another
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 FINISHED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 HYPERPARAMETERS = [f.name for f in fields(Hyperparameters)]
