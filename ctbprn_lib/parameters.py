@@ -37,7 +37,7 @@ def check(namespace):
     for name in _injected(namespace.get("In", ())):
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "."
             raise InputError(f"there is no parameter {name!r}{hint} The parameters are {', '.join(known)}")
     for name, kind in known.items():
         if name not in namespace:
