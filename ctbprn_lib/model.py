@@ -150,8 +150,9 @@ class CTBPRN(nn.Module):
 
     @classmethod
     def from_reference(cls, params, temperature):
-        """One replica without a stem from arrays under the original's names (MODEL section 6, without "param.")."""
-        params = {name: torch.as_tensor(value) for name, value in params.items()}
+        """One replica without a stem from arrays under the original's names, with or without "param." before them."""
+        prefix = "param." if any(name.startswith("param.") for name in params) else ""
+        params = {n.removeprefix(prefix): torch.as_tensor(a) for n, a in params.items() if n.startswith(prefix)}
         n_layers = 1 + max(int(name.split(".")[1]) for name in params if name.startswith("steps."))
         K, d, r = params["steps.0.router.U"].shape
         model = cls(d, d, r, K, n_layers, params["head.2.weight"].shape[0], temperature, stem=False)

@@ -71,6 +71,12 @@ def test_outputs_loss_gradients_and_one_adamw_step_are_the_golden_ones(golden):
         assert (magnified > 1e-6).double().mean() < 0.05, name  # so the bound is 1e-5 nearly everywhere
 
 
+def test_a_golden_file_can_be_given_as_it_is(golden):
+    config, arrays, params, x, _, _ = golden
+    one, other = (CTBPRN.from_reference(given, config["temperature"]) for given in (arrays, params))
+    assert torch.equal(one(x)[0], other(x)[0])
+
+
 def params_of(model, r):
     """Replica r's values under the reference's names."""
     return {name: model.get_parameter(ours)[r][index] for name, (ours, index) in model.reference_names()}
