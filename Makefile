@@ -36,8 +36,9 @@ test: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest
 
+# (containers often have no user but root)
 lab: .venv/ready
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
