@@ -27,6 +27,12 @@ def mean_interval(scores, level=0.95):
     return float(mean), float(mean - half), float(mean + half)
 
 
+def sample_interval(share, n, level=0.95):
+    """(low, high) of a share measured on n samples: what so few samples leave open.  Source: Wilson (1927)."""
+    interval = stats.binomtest(round(share * n), n).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def holm(p_values):
     """Holm's adjusted p-values, in the order given.  Source: Holm (1979), Scand. J. Statist. 6."""
     p = np.asarray(p_values, dtype=float)

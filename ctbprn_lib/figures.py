@@ -43,12 +43,11 @@ def scatter(ax, trials, x, y, color=BLUE, label=None, annotate=True):
     """One point a trial with its interval over replicas, where the columns <name>_low and <name>_high hold one."""
     xs, ys = _scaled(trials, x), _scaled(trials, y)
     ax.errorbar(xs, ys, xerr=_bars(trials, x), yerr=_bars(trials, y), fmt="o", ms=5, lw=1, color=color, label=label)
-    if annotate:
-        for number, px, py in zip(trials["trial"], xs, ys, strict=True):
-            ax.annotate(str(number), (px, py), xytext=(4, 4), textcoords="offset points", fontsize=8, color=GREY)
     ax.set(xlabel=LABELS[x], ylabel=LABELS[y])
     if x == "lr":
-        ax.set_xscale("log")
+        _log_axis(ax)
+    if annotate:
+        _numbers(ax, trials["trial"], xs, ys)
     return ax
 
 
@@ -140,7 +139,7 @@ def cost_and_accuracy(ax, trials, front):
     best = trials[front].sort_values("train_seconds")
     scatter(ax, best, "train_seconds", "val_accuracy", RED, "Pareto front")
     ax.step(best["train_seconds"], 100 * best["val_accuracy"], where="post", color=RED, lw=1)
-    ax.set_xscale("log")
+    _log_axis(ax)
     ax.legend(fontsize=9, loc="lower right")
     return ax
 
@@ -214,6 +213,24 @@ def legend_of_states(ax):
     label = "trial: mean and 95 % interval over replicas"
     ax.legend(handles=[Line2D([], [], marker="o", ls="-", color=BLUE, label=label)], fontsize=9)
     return ax
+
+
+def _log_axis(ax):
+    """A logarithmic x axis with plain numbers."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+
+
+def _numbers(ax, numbers, xs, ys):
+    """The trial's number beside each point, as long as it does not run into one already there."""
+    taken = []
+    for number, at in zip(numbers, zip(xs, ys, strict=True), strict=True):
+        place = ax.transData.transform(at)
+        if all(np.abs(place - other)[0] > 18 or np.abs(place - other)[1] > 12 for other in taken):
+            ax.annotate(str(number), at, xytext=(4, 4), textcoords="offset points", fontsize=8, color=GREY)
+            taken.append(place)
 
 
 def _scaled(trials, name):

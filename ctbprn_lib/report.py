@@ -87,7 +87,8 @@ class Report:
             raise InputError(
                 f"study {study_name!r} has no complete trial" + (f": {'; '.join(reasons)}" if reasons else "")
             )
-        self.by_accuracy = self.complete.loc[self.complete["val_accuracy"].idxmax()]
+        self.n_validation = min(self.task.get("n_samples", {}).get("validation", math.inf), self.budget["n_validation"])
+        self.by_accuracy = self.complete.sort_values(["val_accuracy", "val_ce"], ascending=[False, True]).iloc[0]
         self.by_ce = self.complete.loc[self.complete["val_ce"].idxmin()]
         replicas = [f"val_ce_{r}" for r in range(self.budget["n_replicas"])]
         known = self.complete[replicas].astype(float).to_numpy()
@@ -95,7 +96,10 @@ class Report:
         known = np.where(np.isfinite(known), known, math.log(self.task.get("n_classes", 2)))
         best = int(self.by_ce.name)
         self.level = [best] if known.shape[1] < 2 else evidence.like_the_best(known, best)
-        self.trends = evidence.trends(self.complete, self.names, "val_ce").set_index("hyperparameter")
+        # pruned trials count too, or the trends would be those of the survivors; the longer one was let run the better
+        ended = self.trials[self.trials["state"].isin(["complete", "pruned"])]
+        ended = ended.sort_values(["n_steps", "val_ce"], ascending=[False, True]).assign(standing=range(len(ended)))
+        self.trends = evidence.trends(ended, self.names, "standing").set_index("hyperparameter")
 
     def summary(self):
         counts = self.trials["state"].value_counts()
@@ -117,7 +121,8 @@ class Report:
         return "\n\n".join(parts)
 
     def all_trials(self):
-        header = ["Trial", "Val accuracy (%)", "Val CE (nats)", *(NAMES[n] for n in self.names), "Time (s)", "State"]
+        names = [NAMES[n].replace("Model dimension (d)", "Dim (d)") for n in self.names]
+        header = ["Trial", "Val accuracy (%)", "Val CE (nats)", *names, "Time (s)", "State"]
         ordered = self.trials.sort_values(["state", "val_ce"])
         rows = [
             [row["trial"], accuracy(row).replace(" %", ""), ce(row), *(value(n, row[n]) for n in self.names),
@@ -149,24 +154,25 @@ class Report:
                 f"(Welch's test on {self.budget['n_replicas']} replicas a trial, Holm-adjusted, 5 %)"
                 + (f": {', '.join(str(r['trial']) for r in rest)}." if rest else ".")
             )
-        for rule in ("linear rule", "chance"):
+        for rule, article in (("linear rule", "the "), ("chance", "")):
             if rule in self.baselines:
-                row, level = self.by_accuracy, self.baselines[rule]
-                known = math.isfinite(row["val_accuracy_low"])
-                verdict = "not distinguishable from"
-                if known and not row["val_accuracy_low"] <= level <= row["val_accuracy_high"]:
-                    verdict = "above" if row["val_accuracy"] > level else "below"
+                level, row, n = self.baselines[rule], self.by_accuracy, self.n_validation
+                low, high = evidence.sample_interval(row["val_accuracy"], n)
+                ends = np.array([[low, high], [row["val_accuracy_low"], row["val_accuracy_high"]]])
+                apart = "above" if (level < ends).all() else "below" if (level > ends).all() else ""
                 findings.append(
-                    f"**The best accuracy is {verdict} {'the linear rule' if rule == 'linear rule' else 'chance'}**, "
-                    f"which scores {100 * level:.1f} % on test samples; the trial scores {accuracy(row)}."
+                    f"**The best accuracy is {apart or 'not distinguishable from'} {article}{rule}**, which scores "
+                    f"{100 * level:.1f} % on test samples: the trial scores {accuracy(row)} over replicas, and {n:,} "
+                    f"validation samples leave it [{100 * low:.1f}, {100 * high:.1f}]. Being the best of "
+                    f"{len(self.complete)} complete trials, it needs confirming."
                 )
                 break
         for name, row in self.trends.iterrows():
             if self._decided(row):
                 word = "larger" if row["rho"] < 0 else "smaller"
                 findings.append(
-                    f"**{NAMES[name]}: {word} values go with lower CE** over the {len(self.complete)} complete trials "
-                    f"(Spearman ρ = {row['rho']:+.2f}, Holm-adjusted p {_p(row['p_holm'])})."
+                    f"**{NAMES[name]}: {word} values go with better trials** (Spearman ρ = {row['rho']:+.2f} with the "
+                    f"trial's rank, {row['n']:.0f} trials, Holm-adjusted p {_p(row['p_holm'])})."
                 )
         undecided = [NAMES[name] for name, row in self.trends.iterrows() if not self._decided(row)]
         if undecided:
@@ -179,12 +185,13 @@ class Report:
         production = [
             f"Start from trial {best['trial']}: {settings}. Train it again on fresh seeds before relying on its score."
         ]
-        close = self.complete.loc[self.level]
-        cheapest = close.loc[close["train_seconds"].idxmin()]
-        if cheapest["trial"] != best["trial"]:
+        # parameters × tokens a step: unlike seconds, it does not depend on what else the machine was doing
+        cost = self.complete["n_parameters"] * self.complete["batch_size"] * self.complete["seq_len"]
+        cheapest = cost[self.level].idxmin()
+        if cost[cheapest] < 0.9 * cost[best.name]:
             production.append(
-                f"Trial {cheapest['trial']} cannot be told from it and trained in {cheapest['train_seconds']:.0f} s "
-                f"instead of {best['train_seconds']:.0f} s."
+                f"Trial {self.complete.loc[cheapest, 'trial']} cannot be told from it by CE and costs "
+                f"{100 * cost[cheapest] / cost[best.name]:.0f} % as much arithmetic a step (parameters × tokens)."
             )
         further = [
             f"{NAMES[name]}: the best value, {value(name, best[name])}, lies at the {end} end of its range; extend it."
@@ -193,7 +200,7 @@ class Report:
             and (end := self._edge(name, best[name])) == ("upper" if self.trends.loc[name, "rho"] < 0 else "lower")
         ]
         undecided = [NAMES[n] for n, row in self.trends.iterrows() if not self._decided(row)]
-        further = further or ["No range needs to be extended: no decided trend runs into the end of one."]
+        further = further or ["No decided trend runs into the end of a range, so none is extended on this evidence."]
         if undecided:
             further.append(f"Not decided here, so nothing is recommended: {', '.join(undecided)}.")
         largest = self.complete.loc[self.complete["peak_mem_mib"].idxmax()]
@@ -215,7 +222,6 @@ class Report:
         b = self.budget
         device = ", ".join(sorted(set(self.complete["device"])))
         sampled = "`" + "`, `".join(f"{name}: {_range(self.space[name])}" for name in self.names) + "`"
-        finer = self.task.get("n_samples", {}).get("validation", b["n_validation"])
         return (
             f"- **Task**: {escape(self.task['task'])}, {self.task['n_areas']} areas × {self.task['n_tokens']} tokens × "
             f"{self.task['n_features']} features. It is the same for all trials: `seq_len` is how many of the first "
@@ -224,16 +230,17 @@ class Report:
             f"- **A trial** is {b['n_replicas']} replicas with their own initial values, batches and noise, trained "
             f"together for {b['n_steps']} steps (AdamW, {b['schedule'].replace('_', '-')} rate, gradient norm at "
             f"most {b['clip']:g} a replica, precision {b['precision']}) on {escape(device)}.\n"
-            f"- **A score** is the mean over replicas on {finer} validation samples that no training batch holds, "
-            "without gate noise, after the last step. The interval is Student's t over replicas: the seed is the unit "
+            f"- **A score** is the mean over replicas on {self.n_validation:,} validation samples that no training "
+            "batch holds, without gate noise, after the last step. The interval is Student's t over replicas: the seed is the unit "
             "of replication, not the sample. CE is in nats.\n"
             f"- **The search** ({self.asked_how}) asks for the best `{self.asked['objective']}` on the validation set. "
-            "The trials are what the sampler tried, not an experiment on one hyperparameter at a time."
+            "A trial's rank: complete trials by CE, then pruned ones by how long they were let run and by CE. The "
+            "trials are what the sampler tried, not an experiment on one hyperparameter at a time."
         )
 
     def undecided(self):
         lines = [
-            f"{NAMES[name]}: Spearman ρ = {row['rho']:+.2f}, Holm-adjusted p {_p(row['p_holm'])}."
+            f"{NAMES[name]}: Spearman ρ with the rank {row['rho']:+.2f}, Holm-adjusted p {_p(row['p_holm'])}."
             for name, row in self.trends.iterrows()
             if not self._decided(row) and np.isfinite(row["rho"])
         ]

@@ -306,7 +306,8 @@ def device_name(device):
     """The GPU's name, or "CPU, n threads"."""
     if str(device).startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    n = torch.get_num_threads()
+    return f"CPU, {n} thread{'s' * (n > 1)}"
 
 
 def _provenance():

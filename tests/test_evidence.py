@@ -44,6 +44,12 @@ def test_scores_without_spread_are_compared_without_a_warning():
     assert evidence.compare([1, 1, 1], [0.5, 0.5]).p_value == 0
 
 
+def test_few_samples_leave_much_open():
+    low, high = evidence.sample_interval(0.9, 20)
+    assert 0 < low < 0.9 < high < 1
+    assert evidence.sample_interval(0.9, 2000)[0] > low and evidence.sample_interval(1.0, 12)[0] < 0.8
+
+
 def test_holm_is_between_the_raw_and_bonferroni():
     p = np.array([0.01, 0.04, 0.03, 0.8])
     adjusted = evidence.holm(p)

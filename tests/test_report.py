@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -15,6 +16,9 @@ from scipy import stats
 
 from ctbprn_lib import InputError, report, search, tasks
 from ctbprn_lib.train import Budget
+
+
+ROOT = Path(__file__).parent.parent
 
 
 def made(reports, n_trials=14, n_replicas=3, name="made", failed=True, **asked):
@@ -84,8 +88,8 @@ def test_every_number_of_the_findings_is_recomputed_from_the_csv(folder):
             break
         rejected[i] = True
     assert numbers(text.splitlines()[1])[1:3] == [(~rejected).sum(), len(others)]
-    rho = stats.spearmanr(done["lr"], done["val_ce"]).statistic
-    trend = next(line for line in text.splitlines() if "Learning rate: larger values go with lower CE" in line)
+    rho = stats.spearmanr(done["lr"], done["val_ce"]).statistic  # nothing was pruned, so the rank is that of CE
+    trend = next(line for line in text.splitlines() if "Learning rate: larger values go with better trials" in line)
     assert f"{rho:+.2f}" in trend
     undecided = next(line for line in text.splitlines() if "No trend" in line)
     assert "Router rank" in undecided and "Learning rate" not in undecided
@@ -202,6 +206,17 @@ def test_a_browser_shows_the_page_and_asks_the_network_for_nothing(published, tm
     page_asked = [url for url in re.findall(r'"url":"(https?:[^"]+)"', text) if "google" not in url]
     assert page_asked == []
     assert json.loads(text if text.rstrip().endswith("}") else text.rstrip().rstrip(",") + "]}")
+
+
+def test_the_readme_says_what_the_committed_report_says():
+    readme, best = (ROOT / "README.md").read_text(), (ROOT / "reports" / "ctbprn" / "report.md").read_text()
+    measured = readme.split("**Measured.**")[1].split("\n\n")[0]
+    for said in re.findall(r"\d+\.\d+ %? ?\[[^\]]+\]", measured):
+        assert said in best, said
+    trials = re.search(r"\[(\d+) trials of (\d+) steps", measured)
+    assert f"{trials[1]} trials (" in best and f"of {trials[2]} steps" in best
+    coin = re.search(r"78.1 % in (\d+\.\d) %", " ".join(measured.split()))[1]
+    assert f"**{coin} % [" in (ROOT / "reports" / "reproduce" / "report.md").read_text()
 
 
 def test_text_from_outside_stays_text():
