@@ -17,7 +17,6 @@ from scipy import stats
 from ctbprn_lib import InputError, report, search, tasks
 from ctbprn_lib.train import Budget
 
-
 ROOT = Path(__file__).parent.parent
 
 
