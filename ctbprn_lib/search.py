@@ -189,7 +189,7 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
     on_trial(study, trial, n_finished) is called after each trial.
     Raises InputError once n_trials of this call's trials in a row have failed: there is nothing to report then.
     """
-    task_record = _provenance()
+    origin = provenance()
     failed = 0
 
     def objective(trial):
@@ -197,7 +197,7 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
         started = time.perf_counter()
 
         def on_eval(result):
-            for key, value in (trial_record(result) | task_record).items():
+            for key, value in (trial_record(result) | origin).items():
                 trial.set_user_attr(key, value)
             trial.set_user_attr("train_seconds", time.perf_counter() - started)
             if len(study.directions) == 1:
@@ -310,7 +310,8 @@ def device_name(device):
     return f"CPU, {n} thread{'s' * (n > 1)}"
 
 
-def _provenance():
+def provenance():
+    """Versions and commit of what runs."""
     return dict(ctbprn=__version__, torch=torch.__version__, optuna=optuna.__version__,
                 python=platform.python_version(), commit=commit())  # fmt: skip
 

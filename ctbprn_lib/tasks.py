@@ -247,16 +247,17 @@ def load_task(name):
 def _load_uea(name):
     """A UEA archive problem: one that ships with aeon, or a folder with NAME_TRAIN.ts and NAME_TEST.ts."""
     try:
-        from aeon.datasets import load_classification, load_from_ts_file
+        import aeon
+        from aeon.datasets import load_from_ts_file
     except ImportError:
         raise InputError(f"task uea:{name} needs the aeon package: pip install 'ctbprn[uea]'") from None
-    folder = Path(name)
+    shipped = Path(aeon.__file__).parent / "datasets" / "data"
+    folder = next((place for place in (Path(name), shipped / name) if place.is_dir()), None)
+    if folder is None:
+        raise InputError(f"task uea:{name}: expected BasicMotions, JapaneseVowels or a folder with its .ts files")
     try:
-        if folder.is_dir():
-            parts = [load_from_ts_file(str(folder / f"{folder.name}_{part}.ts")) for part in ("TRAIN", "TEST")]
-        else:
-            parts = [load_classification(name, split=part) for part in ("train", "test")]
-    except Exception as error:  # aeon raises whatever its parser or the network trips over
+        parts = [load_from_ts_file(str(folder / f"{folder.name}_{part}.ts")) for part in ("TRAIN", "TEST")]
+    except Exception as error:  # aeon raises whatever its parser trips over
         raise InputError(f"task uea:{name}: could not be read ({type(error).__name__}: {error})") from None
     series = [np.asarray(s, dtype=np.float32).T for x, _ in parts for s in x]  # each (T,F)
     lengths = np.array([len(s) for s in series])

@@ -188,3 +188,5 @@ def test_an_unreadable_uea_folder_is_refused(tmp_path):
     (tmp_path / "Odd" / "Odd_TRAIN.ts").write_text("@nonsense")
     with pytest.raises(InputError, match="could not be read"):
         load_task(f"uea:{tmp_path / 'Odd'}")
+    with pytest.raises(InputError, match="expected BasicMotions, JapaneseVowels or a folder"):
+        load_task("uea:BasicMotion")
