@@ -12,7 +12,7 @@ ifeq ($(SIZE),quick)
 STUDY := quick
 REPRODUCE := quick-reproduce
 TUNE := -p n_trials 10 -p n_replicas 3 -p n_steps 150
-AUDIT := -p n_seeds 60 -p n_fresh_seeds 6 -p n_spread_seeds 6 -p max_steps 20
+AUDIT := -p n_seeds 40 -p n_fresh_seeds 4 -p n_spread_seeds 4 -p max_steps 20 -p n_curve_seeds 2
 else ifeq ($(SIZE),full)
 STUDY := ctbprn
 REPRODUCE := reproduce
