@@ -11,7 +11,7 @@ export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 ifeq ($(SIZE),quick)
 STUDY := quick
 REPRODUCE := quick-reproduce
-TUNE := -p n_trials 10 -p n_replicas 3 -p n_steps 150
+TUNE := -p n_trials 12 -p n_replicas 3 -p n_steps 250
 AUDIT := -p n_seeds 40 -p n_fresh_seeds 4 -p n_spread_seeds 4 -p max_steps 20 -p n_curve_seeds 2
 else ifeq ($(SIZE),full)
 STUDY := ctbprn
