@@ -17,7 +17,7 @@ h1,h2,h3{line-height:1.25}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}img{
 table{border-collapse:collapse;display:block;overflow-x:auto;font-size:.82rem}th,td{border:1px solid #ddd;
 padding:.3rem .55rem;text-align:left;white-space:nowrap}th{background:#f4f4f4;white-space:normal}
 table:has(th:nth-child(3):last-child) td{white-space:normal}code{background:#f4f4f4;padding:0 .2em}
-pre{background:#f4f4f4;padding:.6rem;overflow-x:auto}pre code{padding:0}.anchor-link{display:none}"""
+pre{background:#f4f4f4;padding:.6rem;white-space:pre-wrap}pre code{padding:0}.anchor-link{display:none}"""
 PAGE = """{%- extends 'basic/index.html.j2' -%}
 {%- block header -%}<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>{{ resources.page_title }}</title>

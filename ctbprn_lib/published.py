@@ -10,7 +10,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import torch
-import torch._dynamo  # noqa: F401 (torch.optim imports it on first use: a second of import, not of the protocol)
+import torch._dynamo  # torch.optim imports it on first use: a second of import, not of the protocol
 
 from ctbprn_lib.evidence import compare, mean_interval
 from ctbprn_lib.model import CTBPRN, draw_initial_values
