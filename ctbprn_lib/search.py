@@ -36,6 +36,7 @@ PRUNERS = {
     "hyperband": optuna.pruners.HyperbandPruner,
     "none": optuna.pruners.NopPruner,
 }
+PLACEBO = "placebo"  # drawn for every trial and used for nothing: what importance looks like where there is none
 TUNING = 0  # first spawn key of a trial's SeedSequence: seeds of one purpose never serve another
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 FINISHED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
@@ -194,6 +195,7 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
 
     def objective(trial):
         hp = suggest(trial, space)
+        trial.suggest_float(PLACEBO, 0.0, 1.0)
         started = time.perf_counter()
 
         def on_eval(result):
@@ -262,7 +264,7 @@ def records(study):
     """One row a trial, in the order of their numbers.
 
     Columns: trial, state, val_accuracy and val_ce with _low and _high (95 % t interval over replicas), the space's
-    hyperparameters, cost, provenance, and each replica's score as val_accuracy_0 and so on.
+    hyperparameters, the placebo, cost, provenance, and each replica's score as val_accuracy_0 and so on.
     """
     space = study.user_attrs["fingerprint"]["space"]
     rows = []
@@ -276,7 +278,7 @@ def records(study):
             row[name] = kept.get(name, math.nan)
             ends = mean_interval(last)[1:] if enough else (math.nan, math.nan)
             row[f"{name}_low"], row[f"{name}_high"] = np.clip(ends, 0, largest)  # where a score can be at all
-        row |= {name: trial.params.get(name, math.nan) for name in space}
+        row |= {name: trial.params.get(name, math.nan) for name in (*space, PLACEBO)}
         routed = np.array(curves.get("route_accuracy", [[math.nan]])[-1], dtype=float)
         row["route_accuracy"] = np.nanmean(routed) if np.isfinite(routed).any() else math.nan
         row["n_steps"] = kept.get("steps", [0])[-1]

@@ -199,13 +199,13 @@ def score(model, task, split, n_samples, seq_len=None, autocast=nullcontext):
 
 @torch.no_grad()
 def route_shares(model, task, n_samples=2048, seq_len=None):
-    """Where the router looks: (rows, K) shares of test samples, all replicas together, by largest last-layer logit.
+    """Where the router looks: (rows, K) shares of validation samples, all replicas together, by largest last-layer logit.
 
     A row is a true area where the task knows it, else a class.  Returns (shares, row names).
     """
     R, K, device = model.config["n_replicas"], task.n_areas, model.temperature.device
     known, counts = False, None
-    for batch in task.fixed("test", n_samples, seq_len, device):
+    for batch in task.fixed("validation", n_samples, seq_len, device):
         known = batch.area is not None
         rows = batch.area if known else batch.y
         counts = torch.zeros(K if known else task.n_classes, K) if counts is None else counts
