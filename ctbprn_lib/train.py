@@ -199,7 +199,7 @@ def score(model, task, split, n_samples, seq_len=None, autocast=nullcontext):
 
 @torch.no_grad()
 def route_shares(model, task, n_samples=2048, seq_len=None):
-    """Where the router looks: (rows, K) shares of validation samples, all replicas together, by largest last-layer logit.
+    """Where the router looks: (rows, K) shares of validation samples over all replicas, by largest last-layer logit.
 
     A row is a true area where the task knows it, else a class.  Returns (shares, row names).
     """
