@@ -24,6 +24,7 @@ LABELS = {
     "train_ce": "training CE (nats)",
     "route_accuracy": "routed to the true area (%)",
     "train_seconds": "training time of the trial (s)",
+    "peak_mem_mib": "peak memory of the trial (MiB)",
 }
 STYLE = {
     "figure.dpi": 100,
@@ -97,12 +98,27 @@ def slice_of(ax, trials, name, score, levels=None):
     return ax
 
 
-def importance(ax, shares):
-    """shares {hyperparameter: share of the score's variation, 0..1}, as horizontal bars."""
-    names = sorted(shares, key=shares.get)
-    ax.barh([LABELS.get(n, n).split(" (")[0] for n in names], [100 * shares[n] for n in names], color=BLUE)
+def importance(ax, table):
+    """Shares of evidence.importance as bars with intervals; what does not beat the placebo is pale."""
+    table = table.iloc[::-1]
+    colors = [BLUE if beats else SKY for beats in table["beats_placebo"]]
+    bars = 100 * np.abs([table["importance"] - table["low"], table["high"] - table["importance"]]).astype(float)
+    names = [LABELS.get(n, n).split(" (")[0] for n in table["name"]]
+    ax.barh(names, 100 * table["importance"].astype(float), xerr=bars, color=colors, ecolor=GREY, capsize=3)
     ax.set(xlabel="share of the importance (%)")
     ax.grid(axis="y", visible=False)
+    return ax
+
+
+def ablation(ax, panel, own, name):
+    """Accuracy of each level (DataFrame of level, mean, low, high) with its interval; own marks the base's level."""
+    at = np.arange(len(panel))
+    bars = 100 * np.array([panel["mean"] - panel["low"], panel["high"] - panel["mean"]])
+    ax.errorbar(at, 100 * panel["mean"], yerr=bars, fmt="o", ms=5, lw=1, color=BLUE)
+    mine = panel["level"].to_numpy() == own
+    ax.plot(at[mine], 100 * panel["mean"][mine], "o", ms=8, color=RED)
+    ax.set_xticks(at, [f"{level:.3g}" for level in panel["level"]], rotation=45 if len(panel) > 5 else 0)
+    ax.set(xlabel=name, xlim=(-0.5, len(panel) - 0.5))
     return ax
 
 
@@ -133,12 +149,12 @@ def parallel_coordinates(ax, trials, names, score):
     return ax
 
 
-def cost_and_accuracy(ax, trials, front):
-    """Accuracy against training time; front (n,) True marks the trials no other beats in both."""
-    scatter(ax, trials[~front], "train_seconds", "val_accuracy", SKY, "beaten in both", annotate=False)
-    best = trials[front].sort_values("train_seconds")
-    scatter(ax, best, "train_seconds", "val_accuracy", RED, "Pareto front")
-    ax.step(best["train_seconds"], 100 * best["val_accuracy"], where="post", color=RED, lw=1)
+def cost_and_accuracy(ax, trials, front, cost="train_seconds"):
+    """Accuracy against a cost column; front (n,) True marks the trials no other beats in both."""
+    scatter(ax, trials[~front], cost, "val_accuracy", SKY, "beaten in both", annotate=False)
+    best = trials[front].sort_values(cost)
+    scatter(ax, best, cost, "val_accuracy", RED, "Pareto front")
+    ax.step(best[cost], 100 * best["val_accuracy"], where="post", color=RED, lw=1)
     _log_axis(ax)
     ax.legend(fontsize=9, loc="lower right")
     return ax
@@ -199,11 +215,13 @@ def histogram(ax, groups, mark, mark_label, scale=100):
     return ax
 
 
-def against(ax, x, y):
-    """One point a seed, and the line on which both are equal."""
+def against(ax, x, y, log=False):
+    """One point a pair, and the line on which both are equal."""
     ax.plot(x, y, "o", color=BLUE, alpha=0.7)
     ends = [min(np.min(x), np.min(y)), max(np.max(x), np.max(y))]
     ax.plot(ends, ends, "--", color=GREY, label="equal")
+    if log:
+        ax.set(xscale="log", yscale="log")
     ax.legend(fontsize=9)
     return ax
 

@@ -185,6 +185,14 @@ class CTBPRN(nn.Module):
         for theirs, (ours, index) in self.reference_names():
             self.get_parameter(ours)[r][index].copy_(values[theirs])
 
+    @torch.no_grad()
+    def replica(self, r):
+        """Replica r as a network of its own (R = 1)."""
+        alone = CTBPRN(**self.config | {"n_replicas": 1})
+        for ours, theirs in zip(alone.state_dict().values(), self.state_dict().values(), strict=True):
+            ours.copy_(theirs[r : r + 1])
+        return alone
+
     def save(self, path):
         """Write weights, configuration and a SHA-256 of the weights to a safetensors file."""
         from safetensors.torch import save_file

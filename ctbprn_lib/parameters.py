@@ -14,8 +14,9 @@ from ctbprn_lib import InputError, __version__
 from ctbprn_lib.search import OBJECTIVES, PRUNERS, SAMPLERS, commit, device_name, storage_url, study_folder
 from ctbprn_lib.train import PRECISIONS, resolve_device
 
-AT_LEAST_ONE = {"n_trials", "n_steps", "n_replicas", "d", "rank", "batch_size", "n_samples", "max_steps", "n_seeds"}
-AT_LEAST_TWO = {"n_fresh_seeds", "n_spread_seeds", "n_curve_seeds"}  # an interval needs two
+AT_LEAST_ONE = {"n_trials", "n_steps", "n_replicas", "d", "rank", "batch_size", "n_samples", "max_steps", "n_top"}
+AT_LEAST_ONE |= {"n_test"}
+AT_LEAST_TWO = {"n_seeds", "n_fresh_seeds", "n_spread_seeds", "n_curve_seeds"}  # an interval needs two
 ABOVE_ZERO = {"lr", "temperature"}
 CHOICES = {
     "protocol": ("replicated",),
@@ -71,7 +72,7 @@ def _check_value(name, value, kind):
         refuse("a whole number above 0, or 0 for all tokens")
     if name == "seed" and not 0 <= value < 2**32:
         refuse("a whole number from 0 to 2**32 - 1")
-    if name == "study_name" and value:
+    if name in ("study_name", "tested_by") and value:
         study_folder(value)
     if name == "storage":
         storage_url("any", value)

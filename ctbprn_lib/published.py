@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 import torch._dynamo  # torch.optim imports it on first use: a second of import, not of the protocol
 
-from ctbprn_lib.evidence import compare, mean_interval
+from ctbprn_lib import __version__
 from ctbprn_lib.model import CTBPRN, draw_initial_values
 from ctbprn_lib.tasks import RoutingTask
 from ctbprn_lib.train import Hyperparameters, cross_entropy, score
@@ -35,28 +35,6 @@ TABLE = pd.read_csv(
 )
 DIGITS = {"val_accuracy": 4, "ce_loss": 4, "lr": 5, "d": 0, "rank": 0, "temperature": 2, "batch_size": 0, "seq_len": 0}
 N_AREAS, N_LAYERS, N_STEPS = 2, 2, 5
-# Every claim under "Key Findings" and "Recommendations", quoted, with the test that could decide it.
-CLAIMS = [
-    ("Model dimension of 64-96 works best", "d 64 and 96 against 32 and 128, all else equal"),
-    ("Router rank of 16 provides good performance", "rank 16 against 4, 8 and 32, all else equal"),
-    ("Larger sequence lengths (128) yield better accuracy", "accuracy at 128 against 32 and 64 on one fixed task"),
-    ("Moderate batch size of 32 works well", "batch 32 against 8, 16 and 64, equal steps and equal samples"),
-    ("Learning rate around 0.0015 gives best accuracy", "lr 0.0015 against levels from 0.0001 to 0.03"),
-    ("Temperature around 1.7-2.0 helps with routing", "share routed to the true area, 1.7 and 2.0 against 0.5 and 1"),
-    ("Best accuracy (78.1%) achieved with CE loss of 0.6495", "the same training on fresh samples, over seeds"),
-    ("Lower CE loss (0.6470) possible but with reduced accuracy (62.5%)", "trials 1 and 2 on fresh samples"),
-    ("Sequence length of 128 consistently better than shorter sequences", "128 against 32 and 64 at other settings"),
-    ("Use the best accuracy parameters (Trial 2)", "trial 2 against the best confirmed configuration"),
-    ("Consider increasing model dimension to 96 if more capacity is needed", "d 96 against 64, all else equal"),
-    ("Keep sequence length at 128 for best results", "128 against 32 and 64, all else equal"),
-    ("Try learning rates between 0.001 and 0.002", "the best of that range against the best outside it"),
-    ("Experiment with rank values between 8-32", "rank 8, 16 and 32 against 4"),
-    ("Test temperature values between 1.5-2.0", "the best of that range against the best outside it"),
-    ("Current configuration uses minimal GPU memory", "peak memory of trial 2 over the space"),
-    ("Can increase batch size if more GPU memory is available", "largest batch that fits, and its accuracy"),
-    ("Model dimension of 64 provides good balance between performance and memory usage",
-     "accuracy against peak memory: is d 64 on the Pareto front"),
-]  # fmt: skip
 
 
 def run_study(n_trials=10, tpe_seed=42, data_seed=42, device="cpu"):
@@ -169,6 +147,38 @@ def seed_scores(hp, seeds, device="cpu", n_samples=0, n_steps=N_STEPS, portion=8
     return pd.DataFrame(rows)
 
 
+def grown(hp, seeds, marks, device="cpu", n_samples=8192):
+    """The original's training simply continued: one row a step in marks and a seed, scored on fresh samples.
+
+    Columns: step, seed, test_accuracy.
+    """
+    task, rows = RoutingTask(N_AREAS, hp.d, hp.seq_len), []
+
+    def keep(step, model):
+        if step in marks:
+            scores = score(model, task, "test", n_samples)["test_accuracy"]
+            rows.extend({"step": step, "seed": s, "test_accuracy": x} for s, x in zip(seeds, scores, strict=True))
+
+    run_seeds(hp, seeds, max(marks), device, keep)
+    return pd.DataFrame(rows)
+
+
+def once(path, run, **asked):
+    """The table that run() makes, or the one that an earlier call left at path for the same asked and versions.
+
+    asked: what the table depends on, as plain values; they become columns of the file, not of the table.
+    """
+    asked |= {"torch": torch.__version__, "ctbprn": __version__}
+    if path.exists():
+        table = pd.read_csv(path, dtype=dict.fromkeys(asked, str), float_precision="round_trip")
+        if all(name in table and (table[name] == str(value)).all() for name, value in asked.items()):
+            return table.drop(columns=list(asked))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = run()
+    table.assign(**asked).to_csv(path, index=False)
+    return table
+
+
 def tally(same):
     """How many of the published numbers reproduced(...) found again, in a sentence."""
     settings, scores = same.columns[2:], same.columns[:2]
@@ -179,20 +189,6 @@ def tally(same):
     }
     counted = ", ".join(f"{int(part.to_numpy().sum())} of {part.size} {name}" for name, part in parts.items())
     return f"Of the {same.size} published numbers {int(same.to_numpy().sum())} appear again: {counted}."
-
-
-def verdicts(trial_1, trial_2):
-    """{quote: verdict} for the two claims that seed_scores of trials 1 and 2 on fresh samples decide."""
-    mean, low, high = mean_interval(trial_2["test_accuracy"])
-    held = "supported" if low <= TABLE.loc[2, "val_accuracy"] <= high else "refuted"
-    ce = compare(trial_1["test_ce"], trial_2["test_ce"])
-    gap = compare(trial_1["test_accuracy"], trial_2["test_accuracy"])
-    lower = "supported" if ce.high < 0 and gap.high < 0 else "refuted" if ce.low > 0 or gap.low > 0 else "undecided"
-    return {
-        CLAIMS[6][0]: f"{held}: on fresh samples {100 * mean:.1f} % [{100 * low:.1f}, {100 * high:.1f}]",
-        CLAIMS[7][0]: f"{lower}: trial 1 has {ce.effect:+.3f} [{ce.low:+.3f}, {ce.high:+.3f}] nats and "
-        f"{100 * gap.effect:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}] points beside trial 2 on fresh samples",
-    }
 
 
 def _stream_after_building(config, seed, device):

@@ -6,9 +6,10 @@ import re
 
 import numpy as np
 import optuna
+import pandas as pd
 
 from ctbprn_lib import InputError, evidence
-from ctbprn_lib.search import HYPERPARAMETERS, load_study, records, study_folder
+from ctbprn_lib.search import HYPERPARAMETERS, edge, load_study, records, study_folder
 
 NAMES = {
     "lr": "Learning rate",
@@ -61,6 +62,13 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
+def sections(production, further, memory):
+    """The three lists of recommendations under the original's headings."""
+    titles = ("For Production Use", "For Further Optimization", "Memory Considerations")
+    lists = ("\n".join(f"- {line}" for line in lines) for lines in (production, further, memory))
+    return "\n\n".join(f"### {title}\n{lines}" for title, lines in zip(titles, lists, strict=True))
+
+
 def escape(text):
     """Text from outside as Markdown and HTML both show it literally, on one line."""
     text = "".join(c if c.isprintable() else "�" for c in str(text))
@@ -68,7 +76,9 @@ def escape(text):
 
 
 class Report:
-    """A study's record, read once, and the report's sections made from it."""
+    """A study's record, read once, and the report's sections made from it; findings.py has the confirmed one."""
+
+    confirmed = False
 
     def __init__(self, study_name, storage=""):
         self.study = load_study(study_name, storage)
@@ -98,18 +108,20 @@ class Report:
         self.level = [best] if known.shape[1] < 2 else evidence.like_the_best(known, best)
         # pruned trials count too, or the trends would be those of the survivors; the longer one was let run the better
         ended = self.trials[self.trials["state"].isin(["complete", "pruned"])]
-        ended = ended.sort_values(["n_steps", "val_ce"], ascending=[False, True]).assign(standing=range(len(ended)))
-        self.trends = evidence.trends(ended, self.names, "standing").set_index("hyperparameter")
+        ended = ended.sort_values(["n_steps", "val_ce"], ascending=[False, True])
+        self.ended = ended.assign(standing=range(len(ended)))
+        self.trends = evidence.trends(self.ended, self.names, "standing").set_index("hyperparameter")
 
-    def summary(self):
+    def summary(self, confirmed=False):
         counts = self.trials["state"].value_counts()
         states = ", ".join(f"{counts[s]} {s}" for s in ("complete", "pruned", "fail", "running") if s in counts)
         return (
             f"> Which hyperparameters of CTBPRN are best on **{escape(self.task['task'])}**? {len(self.trials)} trials "
             f"({states}), each {self.budget['n_replicas']} trainings (replicas) of {self.budget['n_steps']} "
-            "steps; scores are means over replicas on held-out data, with 95 % intervals. They are tuning scores: "
-            "the best of many is partly luck, and none has been trained again on fresh seeds."
-        )
+            "steps; scores are means over replicas on held-out data, with 95 % intervals."
+            + ("" if confirmed else " They are tuning scores: the best of many is partly luck, and none has been "
+               "trained again on fresh seeds.")
+        )  # fmt: skip
 
     def best_parameters(self):
         parts = []
@@ -139,6 +151,11 @@ class Report:
                 f"Replicas diverged in trials {', '.join(map(str, diverged['trial']))}; each counts as chance there."
             )
         return "\n\n".join([table(header, rows), " ".join([notes, *failures])])
+
+    def confirmed_results(self):
+        return "No configuration has been trained again yet; `notebooks/confirm.ipynb` does that."
+
+    ablation = claims = confirmed_results
 
     def key_findings(self):
         """Numbered findings, each with its test; where the trials do not decide, it says so."""
@@ -197,7 +214,7 @@ class Report:
             f"{NAMES[name]}: the best value, {value(name, best[name])}, lies at the {end} end of its range; extend it."
             for name in self.names
             if self._decided(self.trends.loc[name])
-            and (end := self._edge(name, best[name])) == ("upper" if self.trends.loc[name, "rho"] < 0 else "lower")
+            and (end := self._edge(name, best)) == ("upper" if self.trends.loc[name, "rho"] < 0 else "lower")
         ]
         undecided = [NAMES[n] for n, row in self.trends.iterrows() if not self._decided(row)]
         further = further or ["No decided trend runs into the end of a range, so none is extended on this evidence."]
@@ -211,17 +228,12 @@ class Report:
             f"(trial {largest['trial']}, {shape}); "
             f"trial {best['trial']} took {best['peak_mem_mib']:.0f} MiB."
         ]
-        parts = (
-            ("For Production Use", production),
-            ("For Further Optimization", further),
-            ("Memory Considerations", memory),
-        )
-        return "\n\n".join(f"### {title}\n" + "\n".join(f"- {line}" for line in lines) for title, lines in parts)
+        return sections(production, further, memory)
 
     def measured(self):
         b = self.budget
         device = ", ".join(sorted(set(self.complete["device"])))
-        sampled = "`" + "`, `".join(f"{name}: {_range(self.space[name])}" for name in self.names) + "`"
+        sampled = "`" + "`, `".join(f"{name}: {span(self.space[name])}" for name in self.names) + "`"
         return (
             f"- **Task**: {escape(self.task['task'])}, {self.task['n_areas']} areas × {self.task['n_tokens']} tokens × "
             f"{self.task['n_features']} features. It is the same for all trials: `seq_len` is how many of the first "
@@ -281,16 +293,10 @@ class Report:
         return (score.cummax() if self.score == "val_accuracy" else score.cummin()).ffill().to_numpy()
 
     def importance(self):
-        """{hyperparameter: share} by PED-ANOVA over the complete trials (Watanabe et al., 2023)."""
-        varied = [name for name in self.names if self.complete[name].nunique() > 1]
-        if len(self.complete) < 2 or not varied:
-            return dict.fromkeys(self.names, 0.0)
-        study = optuna.create_study(direction="maximize" if self.score == "val_accuracy" else "minimize")
-        for trial, score in zip(
-            (self.study.trials[i] for i in self.complete["trial"]), self.complete[self.score], strict=True
-        ):
-            study.add_trial(optuna.create_trial(params=trial.params, distributions=trial.distributions, value=score))
-        return optuna.importance.get_param_importances(study, params=varied)
+        """evidence.importance over the finished trials, ranked as their standing; empty for fewer than ten."""
+        if len(self.ended) < 10:
+            return pd.DataFrame(columns=["name", "importance", "low", "high", "beats_placebo"])
+        return evidence.importance([self.study.trials[i] for i in self.ended["trial"]], self.ended["standing"])
 
     def raw_data(self):
         """Write the CSV and the pickled study beside the database, and list them."""
@@ -314,17 +320,8 @@ class Report:
         return bool(row["p_holm"] < 0.05)
 
     def _edge(self, name, best):
-        """ "lower" or "upper" if best lies in the outer twentieth of its range, or on its first or last level."""
-        entry = self.space[name]
-        if isinstance(entry, list):
-            if len(entry) < 2 or best not in (min(entry), max(entry)):
-                return ""
-            if name == "seq_len" and best >= self.task["n_tokens"]:
-                return ""  # there are no more tokens
-            return "lower" if best == min(entry) else "upper"
-        scale = math.log if entry.get("log") else float
-        at = (scale(best) - scale(entry["low"])) / (scale(entry["high"]) - scale(entry["low"]))
-        return "lower" if at < 0.05 else "upper" if at > 0.95 else ""
+        there_are_no_more_tokens = name == "seq_len" and best[name] >= self.task["n_tokens"]
+        return "" if there_are_no_more_tokens else edge(self.space[name], best[name])
 
 
 def _with_interval(row, name, scale, form, unit):
@@ -340,7 +337,8 @@ def _p(p):
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
-def _range(entry):
+def span(entry):
+    """A hyperparameter's levels or range, as people read them."""
     if isinstance(entry, list):
         return ", ".join(f"{x:g}" for x in entry)
     return f"{entry['low']:g} to {entry['high']:g}" + (" (log)" if entry.get("log") else "")

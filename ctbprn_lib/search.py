@@ -115,6 +115,16 @@ def suggest(trial, space):
     return Hyperparameters(**values)
 
 
+def edge(entry, best):
+    """ "lower" or "upper" if best lies in the outer twentieth of a range, or on the first or last of several levels."""
+    if isinstance(entry, list):
+        ends = (min(entry), max(entry)) if len(entry) > 1 else ()
+        return "" if best not in ends else "lower" if best == ends[0] else "upper"
+    scale = math.log if entry.get("log") else float
+    at = (scale(best) - scale(entry["low"])) / (scale(entry["high"]) - scale(entry["low"]))
+    return "lower" if at < 0.05 else "upper" if at > 0.95 else ""
+
+
 def study_name_for(task):
     """A study name made from the task's: "uea:BasicMotions" gives uea-BasicMotions."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", task.description["task"].removesuffix(".npz")).strip("-._")[:64] or "study"
@@ -289,6 +299,12 @@ def records(study):
             row |= {f"{name}_{r}": value for r, value in enumerate(curves.get(name, [[]])[-1])}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def hyperparameters(row):
+    """The Hyperparameters of a row of records."""
+    known = {name: row[name] for name in HYPERPARAMETERS if name in row and not math.isnan(row[name])}
+    return Hyperparameters(**{name: type(getattr(Hyperparameters, name))(value) for name, value in known.items()})
 
 
 def commit():
