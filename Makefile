@@ -8,33 +8,49 @@ export JUPYTER_RUNTIME_DIR := $(CURDIR)/.venv/jupyter/runtime
 export IPYTHONDIR := $(CURDIR)/.venv/ipython
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 
+# full is for a GPU; on a CPU take less of it, as in `make report SIZE=full TRIALS=40 REPLICAS=4 STEPS=500`
 ifeq ($(SIZE),quick)
-STUDY := quick
-REPRODUCE := quick-reproduce
-TUNE := -p n_trials 12 -p n_replicas 3 -p n_steps 250
+STUDY ?= quick
+REPRODUCE ?= quick-reproduce
+TRIALS ?= 12
+REPLICAS ?= 3
+STEPS ?= 150
+SEEDS ?= 4
 AUDIT := -p n_seeds 40 -p n_fresh_seeds 4 -p n_spread_seeds 4 -p max_steps 20 -p n_curve_seeds 2
+EXPLORE := -p n_steps 150
 else ifeq ($(SIZE),full)
-STUDY := ctbprn
-REPRODUCE := reproduce
-TUNE := -p n_trials 40 -p n_replicas 4 -p n_steps 500
+STUDY ?= ctbprn
+REPRODUCE ?= reproduce
+TRIALS ?= 100
+REPLICAS ?= 8
+STEPS ?= 2000
+SEEDS ?= 8
 AUDIT := -p n_fresh_seeds 200 -p n_spread_seeds 32 -p max_steps 2000 -p n_curve_seeds 8
+EXPLORE := -p n_steps 2000
 else
 $(error SIZE must be quick or full, got $(SIZE))
 endif
 RUN := $(BIN)/papermill --no-progress-bar --log-output
 
-# Two jobs that need nothing of each other: `OMP_NUM_THREADS=1 make -j2 report` runs one on each core.
-.PHONY: report reproduce study test lab
-reproduce study: export TQDM_DISABLE := 1
-report: reproduce study
+.PHONY: report reproduce explore tune confirm test lab
+reproduce explore tune confirm: export TQDM_DISABLE := 1
+report: reproduce explore tune confirm
 	@echo "Written: reports/$(STUDY)/report.html and reports/$(REPRODUCE)/report.html"
 
 reproduce: .venv/ready
-	$(RUN) notebooks/reproduce.ipynb runs/reproduce.ipynb -p study_name $(REPRODUCE) $(AUDIT)
+	$(RUN) notebooks/reproduce.ipynb runs/reproduce.ipynb -p study_name $(REPRODUCE) -p tested_by $(STUDY) $(AUDIT)
 	$(BIN)/python -m ctbprn_lib.publish runs/reproduce.ipynb $(REPRODUCE)
 
-study: .venv/ready
-	$(RUN) notebooks/tune.ipynb runs/tune.ipynb -p study_name $(STUDY) $(TUNE)
+explore: .venv/ready
+	$(RUN) notebooks/explore.ipynb runs/explore.ipynb $(EXPLORE)
+
+# tune and confirm end by running analyze.ipynb, which writes the report
+tune: .venv/ready
+	$(RUN) notebooks/tune.ipynb runs/tune.ipynb -p study_name $(STUDY) -p n_trials $(TRIALS) \
+		-p n_replicas $(REPLICAS) -p n_steps $(STEPS)
+
+confirm: tune
+	$(RUN) notebooks/confirm.ipynb runs/confirm.ipynb -p study_name $(STUDY) -p n_seeds $(SEEDS)
 
 test: .venv/ready
 	$(BIN)/ruff check .

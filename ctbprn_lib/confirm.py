@@ -18,7 +18,8 @@ import pandas as pd
 import torch
 
 from ctbprn_lib import InputError, evidence, published, search
-from ctbprn_lib.train import Budget, Hyperparameters, fit, resolve_device, score
+from ctbprn_lib.model import CTBPRN
+from ctbprn_lib.train import Budget, Hyperparameters, fit, precision_context, resolve_device, score
 
 CONFIRMING = 1  # first spawn key of the seeds, so that none of them has been used for tuning
 # Levels of an ablation: those inside the space, the next size above it, and one past an end where the best value lies.
@@ -174,10 +175,11 @@ class Confirmation:
             for kind in ("test_accuracy", "test_ce"):
                 mean, low, high = evidence.mean_interval(_no_gaps(record, kind))
                 content[kind] = dict(mean=mean, low=low, high=high, seeds=record[kind])
-            r = record["kept_seed"]
-            content["weights"] = {"file": f"{name}.safetensors", "seed": r, "chosen_by": "lowest validation CE"}
-            content["weights"] |= {kind: record[kind][r] for kind in ("test_accuracy", "test_ce")}
-            content |= {k: record[k] for k in ("device", "ctbprn", "torch", "optuna", "python", "commit")}
+            network = CTBPRN.load(made)  # scored as whoever loads it will use it, in fp32
+            scores = score(network, self.task, "test", self.n_test, run.hyperparameters.seq_len)
+            content["weights"] = {"file": f"{name}.safetensors", "seed": record["kept_seed"]}
+            content["weights"] |= {"chosen_by": "lowest validation CE"} | {k: v.item() for k, v in scores.items()}
+            content |= {k: record[k] for k in ("device", "precision", "ctbprn", "torch", "optuna", "python", "commit")}
             (folder / f"{name}.safetensors").write_bytes(made.read_bytes())
             (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return best
@@ -217,7 +219,7 @@ def records(name, storage=""):
         if "mean_test_ce" not in record:
             continue
         shared = {k: run[k] for k in ("role", "base", "factor", "level")} | run["hyperparameters"]
-        cost = ("train_seconds", "step_time_ms", "peak_mem_mib", "n_parameters", "device", "torch", "python", "commit")
+        cost = ("train_seconds", "step_time_ms", "peak_mem_mib", "n_parameters", *search.ORIGIN)
         scores = {k: _no_gaps(record, k) for k in ("test_accuracy", "test_ce", "route_accuracy", *VALIDATION)}
         for s in range(len(scores["test_ce"])):
             each = {k: v[s] for k, v in scores.items()} | {"diverged_at": record["diverged_at"][s]}
@@ -246,7 +248,8 @@ def _train(task, run, budget, n_test, seed, device, weights=None):
     except (torch.OutOfMemoryError, MemoryError):
         return {"failure": f"out of memory at {run.hyperparameters}", "n_classes": task.n_classes}
     seconds = time.perf_counter() - started
-    test = score(result.model, task, "test", n_test, run.hyperparameters.seq_len)
+    autocast = precision_context(result.precision, torch.device(result.device))
+    test = score(result.model, task, "test", n_test, run.hyperparameters.seq_len, autocast)
     test |= {name: result.curves[name][-1] for name in VALIDATION}
     alive = np.array([step is None for step in result.diverged_at])
     listed = {k: [float(x) if ok else None for x, ok in zip(v, alive & np.isfinite(v), strict=True)]

@@ -13,7 +13,7 @@ from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO
 from ctbprn_lib.train import Hyperparameters
 from ctbprn_lib.verdicts import BEST, LEVEL, REFUTED, SAME, SUPPORTED, TRIAL_2, UNDECIDED, Contrast, effect
 
-FACTORS = NAMES | {"batch_size, equal samples": "Batch size at equal samples", "n_steps": "Training steps"}
+FACTORS = NAMES | {"batch_size, equal samples": "Batch size at equal samples", "n_steps": "Length of training"}
 GOAL = {"test_accuracy": 0.995, "test_ce": 0.02}  # on the routing task
 
 
@@ -172,7 +172,8 @@ class ConfirmedReport(Report):
         if largest := self.about["largest_batch"]:
             cost.append(
                 f"One replica of {role} trained with a batch of {largest['batch_size']:,} in the "
-                f"{largest['free_mib']:,} MiB that were free, and not with twice as much."
+                f"{largest['free_mib']:,} MiB that were free"
+                + (", and not with twice as much." if largest["tried_twice"] else "; more was not tried.")
             )
         return sections(production, further, cost)
 
@@ -279,7 +280,7 @@ class ConfirmedReport(Report):
         return value(factor.split(",")[0], level)
 
     def _where(self, base):
-        return "" if base == self.evidence.base else " at trial 2's other settings"
+        return "" if base == self.evidence.base else " at published trial 2's other settings"
 
     def _against_rule(self):
         if "linear rule" not in self.baselines:

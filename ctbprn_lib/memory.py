@@ -17,6 +17,7 @@ from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.search import hyperparameters
 from ctbprn_lib.train import cross_entropy, gumbel_noise, resolve_device, untrained
 
+MOST = 2**16  # samples: nobody trains with more
 SIZES = ["A_mib", "W_mib", "I_mib"]
 
 
@@ -81,22 +82,20 @@ def predicted(rule, hp, task):
 
 
 def largest_batch(hp, task, device="auto"):
-    """The largest power of two of samples with which one replica trains a step in the memory that is free now.
+    """The largest power of two of samples, up to MOST, with which one replica trains a step in the memory free now.
 
     On a CPU each size is tried in a process of its own that may not use more than nine tenths of what is available.
-    Returns {"batch_size", "free_mib"}.
+    Returns {"batch_size", "free_mib", "tried_twice"}: tried_twice is whether twice as much was tried, and did not fit.
     """
-    device, size = resolve_device(device), 4096
+    device, size = resolve_device(device), 128
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] / 2**20
     else:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 0.9 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**10
-    while size > 1 and not fits(replace(hp, batch_size=size), task, str(device), free):
-        size //= 2
-    while size >= 4096 and fits(replace(hp, batch_size=2 * size), task, str(device), free):
+    while size < MOST and fits(replace(hp, batch_size=2 * size), task, str(device), free):
         size *= 2
-    return {"batch_size": size, "free_mib": round(free)}
+    return {"batch_size": size, "free_mib": round(free), "tried_twice": size < MOST}
 
 
 def fits(hp, task, device, free_mib):

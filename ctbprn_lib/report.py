@@ -9,7 +9,7 @@ import optuna
 import pandas as pd
 
 from ctbprn_lib import InputError, evidence
-from ctbprn_lib.search import HYPERPARAMETERS, edge, load_study, records, study_folder
+from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO, edge, load_study, records, study_folder
 
 NAMES = {
     "lr": "Learning rate",
@@ -232,7 +232,7 @@ class Report:
 
     def measured(self):
         b = self.budget
-        device = ", ".join(sorted(set(self.complete["device"])))
+        device, precision = (", ".join(sorted(set(self.complete[name]))) for name in ("device", "precision"))
         sampled = "`" + "`, `".join(f"{name}: {span(self.space[name])}" for name in self.names) + "`"
         return (
             f"- **Task**: {escape(self.task['task'])}, {self.task['n_areas']} areas × {self.task['n_tokens']} tokens × "
@@ -241,7 +241,7 @@ class Report:
             f"- **Space**: {sampled}.\n"
             f"- **A trial** is {b['n_replicas']} replicas with their own initial values, batches and noise, trained "
             f"together for {b['n_steps']} steps (AdamW, {b['schedule'].replace('_', '-')} rate, gradient norm at "
-            f"most {b['clip']:g} a replica, precision {b['precision']}) on {escape(device)}.\n"
+            f"most {b['clip']:g} a replica, precision {precision or 'fp32'}) on {escape(device)}.\n"
             f"- **A score** is the mean over replicas on {self.n_validation:,} validation samples that no training "
             "batch holds, without gate noise, after the last step. The interval is Student's t over replicas: the seed "
             "is the unit of replication, not the sample. CE is in nats.\n"
@@ -294,7 +294,7 @@ class Report:
 
     def importance(self):
         """evidence.importance over the finished trials, ranked as their standing; empty for fewer than ten."""
-        if len(self.ended) < 10:
+        if len(self.ended) < 10 or self.ended[PLACEBO].isna().any():  # early studies drew no placebo
             return pd.DataFrame(columns=["name", "importance", "low", "high", "beats_placebo"])
         return evidence.importance([self.study.trials[i] for i in self.ended["trial"]], self.ended["standing"])
 

@@ -40,6 +40,7 @@ PLACEBO = "placebo"  # drawn for every trial and used for nothing: what importan
 TUNING = 0  # first spawn key of a trial's SeedSequence: seeds of one purpose never serve another
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 FINISHED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+ORIGIN = ("device", "precision", "torch", "optuna", "python", "commit")
 HYPERPARAMETERS = [f.name for f in fields(Hyperparameters)]
 
 
@@ -267,6 +268,7 @@ def trial_record(result):
         peak_mem_mib=round(result.peak_mem_mib, 1),
         n_parameters=result.n_parameters,
         device=device_name(result.device),
+        precision=result.precision,
     )
 
 
@@ -294,7 +296,7 @@ def records(study):
         row["n_steps"] = kept.get("steps", [0])[-1]
         cost = ("n_diverged", "train_seconds", "step_time_ms", "peak_mem_mib", "n_parameters", "samples_seen")
         row |= {name: kept.get(name, math.nan) for name in cost}
-        row |= {name: kept.get(name, "") for name in ("device", "torch", "optuna", "python", "commit", "failure")}
+        row |= {name: kept.get(name, "") for name in (*ORIGIN, "failure")}
         for name in ("val_accuracy", "val_ce"):
             row |= {f"{name}_{r}": value for r, value in enumerate(curves.get(name, [[]])[-1])}
         rows.append(row)

@@ -55,7 +55,7 @@ class Budget:
     n_validation: int = 2048  # samples, where the task can make as many as it likes
     schedule: str = "one_cycle"
     clip: float = 1.0  # largest gradient norm of a replica
-    precision: str = "auto"  # auto: tf32 on a GPU, fp32 on a CPU
+    precision: str = "auto"  # see resolve_precision
 
     def __post_init__(self):
         for name in ("n_steps", "n_replicas", "n_evals", "n_validation", "clip"):
@@ -75,6 +75,7 @@ class Fit:
     budget: Budget
     model: CTBPRN
     device: str
+    precision: str  # in which it was trained, never "auto"
     n_parameters: int  # of one replica
     steps: list[int] = field(default_factory=list)  # at which the curves were taken
     curves: dict[str, np.ndarray] = field(default_factory=dict)  # train_ce, val_ce, val_accuracy, route_accuracy
@@ -107,13 +108,14 @@ def fit(hyperparameters, task, budget=None, seed=0, device="auto", on_eval=None)
     if hp.seq_len > task.n_tokens:
         raise InputError(f"seq_len must be at most the task's {task.n_tokens} tokens, got {hp.seq_len}")
     device = resolve_device(device)
-    autocast = precision_context(budget.precision, device)
+    precision = resolve_precision(budget.precision, device)
+    autocast = precision_context(precision, device)
     for _ in task.fixed("validation", budget.n_validation, hp.seq_len, device):
         pass  # drawn and kept before the memory of this training is measured
     memory = PeakMemory(device)
     model, generator = untrained(hp, task, R, seed, device)
     parameters = list(model.parameters())
-    result = Fit(hp, budget, model, str(device), sum(p[0].numel() for p in parameters))
+    result = Fit(hp, budget, model, str(device), precision, sum(p[0].numel() for p in parameters))
     optimizer = torch.optim.AdamW(parameters, lr=hp.lr, fused=True)
     schedule = None
     if budget.schedule == "one_cycle":
@@ -258,12 +260,25 @@ def resolve_device(device):
     return resolved
 
 
+def resolve_precision(precision, device):
+    """What "auto" stands for: tf32 on a GPU, bf16 on a CPU that multiplies in it (twice as fast), else fp32.
+
+    Raises InputError for one that the device has not.
+    """
+    if precision == "tf32" and device.type == "cpu":
+        raise InputError("precision tf32 needs a CUDA GPU; a CPU takes auto, fp32 or bf16")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "tf32"
+    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.11 has it not
+    return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
+
+
 def precision_context(precision, device):
     """A context factory for the forward pass; also sets how float32 products are computed on a GPU."""
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if precision in ("auto", "tf32") else "highest")
-    elif precision == "tf32":
-        raise InputError("precision tf32 needs a CUDA GPU; a CPU takes auto, fp32 or bf16")
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if precision == "bf16":
         return lambda: torch.autocast(device.type, torch.bfloat16)
     return nullcontext

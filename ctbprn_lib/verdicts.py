@@ -272,7 +272,8 @@ def simulated_runs(n_seeds, rng, effects=None, accuracy=0.97, spread=0.15):
         key = role or (of if level == base[name] else (of, factor, level))  # the base itself is one run, not two
         if key not in drawn:
             error = (1 - accuracy) * np.exp(spread * rng.normal(size=n_seeds) - spread**2 / 2)
-            drawn[key] = error - (effects or {}).get((factor, level), 0), 2.4 * error
+            error = error - (effects or {}).get((factor, level), 0)
+            drawn[key] = error, 2.4 * error
         for s, (error, ce) in enumerate(zip(*drawn[key], strict=True)):
             scores = dict(seed=s, test_accuracy=1 - error, test_ce=ce, route_accuracy=1 - error)
             rows.append(dict(role=role, base=of, factor=factor, level=level) | base | {name: level} | scores)
@@ -285,6 +286,6 @@ def _said(levels):
 
 def _at(test):
     name = {"batch_size": "batch ", "seq_len": ""}.get(test["factor"], "")
-    place = " at trial 2's settings" if test["base"] == TRIAL_2 else ""
+    place = " at published trial 2's settings" if test["base"] == TRIAL_2 else ""
     samples = " (equal samples)" if test["factor"].endswith("equal samples") else ""
     return f"{name}{'the best' if test['b'] == BEST else test['b']}{place}{samples}"

@@ -1,8 +1,10 @@
 """Intervals and comparisons: relations, and simulation with fixed seeds."""
 
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
+from scipy import stats
 
 from ctbprn_lib import InputError, evidence
 
@@ -17,10 +19,77 @@ def test_an_interval_holds_its_mean_and_widens_with_the_level():
 
 @pytest.mark.parametrize("n", [4, 8, 16])
 def test_intervals_cover_what_they_say(n):
-    """20,000 simulated sets of normal scores: 95 % intervals hold the truth in 93 to 97 % of them."""
+    """5,000 simulated sets of normal scores: 95 % intervals hold the truth in 93 to 97 % of them."""
     rng = np.random.default_rng(n)
-    hits = [low <= 0.9 <= high for _, low, high in map(evidence.mean_interval, rng.normal(0.9, 0.02, (20_000, n)))]
+    hits = [low <= 0.9 <= high for _, low, high in map(evidence.mean_interval, rng.normal(0.9, 0.02, (5_000, n)))]
     assert 0.93 < np.mean(hits) < 0.97
+
+
+@pytest.mark.parametrize("n", [4, 8, 16])
+def test_intervals_cover_scores_like_ours_too(n):
+    """5,000 sets of accuracies near 1, errors lognormal over seeds: 93 to 97 % of intervals hold the true mean."""
+    rng = np.random.default_rng(n)
+    errors = 0.03 * np.exp(0.3 * rng.normal(size=(5_000, n)) - 0.3**2 / 2)
+    hits = [low <= 0.97 <= high for _, low, high in map(evidence.mean_interval, 1 - errors)]
+    assert 0.93 < np.mean(hits) < 0.97
+
+
+def test_an_interval_stays_where_scores_can_be():
+    mean, low, high = evidence.mean_interval([0.9999, 0.998, 0.95])
+    assert 0 < low < mean < high < 1
+    mean, low, high = evidence.mean_interval([0.9701, 0.9699, 0.97])
+    half = stats.t.ppf(0.975, 2) * stats.sem([0.9701, 0.9699, 0.97])
+    assert (low, high) == (pytest.approx(mean - half, abs=1e-5), pytest.approx(mean + half, abs=1e-5))
+
+
+def test_equivalence_is_shown_by_small_differences_and_many_seeds_only():
+    rng = np.random.default_rng(0)
+    shown = {n: np.mean([evidence.equivalence(*rng.normal(0, 0.01, (2, n)), 0.01) < 0.05 for _ in range(300)])
+             for n in (4, 8, 32)}  # fmt: skip
+    assert shown[4] < shown[8] < shown[32] and shown[32] > 0.9
+    at_the_margin = [
+        evidence.equivalence(rng.normal(0.01, 0.01, 16), rng.normal(0, 0.01, 16), 0.01) for _ in range(1000)
+    ]
+    assert np.mean(np.array(at_the_margin) < 0.05) == pytest.approx(0.05, abs=0.02)
+    shared = rng.normal(0, 1, 8)
+    assert evidence.equivalence(shared + rng.normal(0, 1e-3, 8), shared, 0.01, paired=True) < 0.001
+    assert evidence.equivalence([1, 1], [1, 1], 0.01) == 0 and evidence.equivalence([1, 1], [0.5, 0.5], 0.01) == 1
+
+
+def test_the_seeds_that_are_said_to_be_needed_find_what_they_shall():
+    n = evidence.seeds_needed(0.02, 0.02, 0.05)
+    rng = np.random.default_rng(0)
+    found = [evidence.compare(rng.normal(0.02, 0.02, n), rng.normal(0, 0.02, n)).p_value < 0.05 for _ in range(2000)]
+    assert 0.78 < np.mean(found) < 0.9
+    assert evidence.seeds_needed(0.02, 0.01, 0.05) > n < evidence.seeds_needed(0.02, 0.02, 0.001)
+    assert evidence.seeds_needed(1e-9, 0.01, 0.05) == 2
+
+
+def some_trials(n, seed=0):
+    """n trials of which x decides the score, y and the placebo nothing."""
+    rng = np.random.default_rng(seed)
+    kinds = {name: optuna.distributions.FloatDistribution(0, 1) for name in ("x", "y", "placebo")}
+    trials = [optuna.create_trial(params={name: float(rng.random()) for name in kinds}, distributions=kinds, value=0.0)
+              for _ in range(n)]  # fmt: skip
+    return trials, np.array([trial.params["x"] + 0.05 * rng.normal() for trial in trials])
+
+
+def test_importance_names_what_decides_and_calls_the_rest_noise():
+    trials, ranking = some_trials(60)
+    table = evidence.importance(trials, ranking, n_resamples=60).set_index("name")
+    assert table.index[0] == "x" and table.loc["x", "beats_placebo"]
+    assert not table.loc["y", "beats_placebo"] and not table.loc["placebo", "beats_placebo"]
+    assert table["importance"].sum() == pytest.approx(1) and (table["low"] <= table["high"]).all()
+
+
+def test_what_does_nothing_seldom_beats_the_placebo():
+    wrong = 0
+    for seed in range(20):
+        trials, _ = some_trials(30, seed)
+        ranking = np.random.default_rng(100 + seed).random(30)
+        table = evidence.importance(trials, ranking, n_resamples=60)
+        wrong += table["beats_placebo"].sum()
+    assert wrong <= 4  # of 60
 
 
 def test_comparisons_have_the_sign_of_the_difference_and_reject_as_often_as_they_say():

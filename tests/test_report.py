@@ -31,6 +31,7 @@ def made(reports, n_trials=14, n_replicas=3, name="made", failed=True, **asked):
     for number in range(n_trials):
         trial = study.ask()
         hp = search.suggest(trial, search.default_space(task))
+        trial.suggest_float(search.PLACEBO, 0, 1)
         ce = 0.5 - 0.08 * np.log10(hp.lr / 1e-4) + rng.normal(0, 0.01, (2, n_replicas)) + [[0.2], [0]]
         accuracy = 1 - ce / 2
         kept = {"val_ce": ce[-1].mean(), "val_accuracy": accuracy[-1].mean(), "steps": [50, 100],
@@ -122,7 +123,7 @@ def test_small_and_other_studies_have_every_section_too(folder, asked, n_trials,
     for piece in pieces.split():
         text = getattr(r, piece)()
         assert text and "nan" not in text, piece
-    assert set(r.importance()) <= set(r.names)
+    assert set(r.importance()["name"]) <= {*r.names, search.PLACEBO}
     assert len(r.running_best()) == n_trials
 
 
@@ -185,7 +186,8 @@ def test_the_published_page_is_whole_and_loads_nothing(published):
     for name in (*artefacts, "optuna_results_detailed.csv", "optuna_studies/ctbprn_study.pkl"):
         assert (published / name).is_file()
     headings = ["Best Parameters Found", "Complete Trial Results", "Key Findings", "Recommendations", "Generated Plots",
-                "Raw Data", "How this was measured", "What remains undecided", "Reproduce this report"]  # fmt: skip
+                "Raw Data", "How this was measured", "Confirmed results", "What the original report's claims come to",
+                "What remains undecided", "Reproduce this report"]  # fmt: skip
     assert re.findall(r"^## (.+)$", text, re.M) == headings
     assert not re.search(r"/(home|root|work|tmp|Users)/|(?:it|step)/s|Traceback|Warning|import ", text)
 

@@ -53,7 +53,7 @@ def test_the_shortest_trainings_work(small_task, schedule, n_steps):
 
 
 def test_scores_are_noise_free_and_do_not_depend_on_the_portion(small_task, monkeypatch):
-    result = fit(HP, small_task, Budget(5, 3, n_validation=300), 0)
+    result = fit(HP, small_task, Budget(5, 3, n_validation=300, precision="fp32"), 0)
     first = train.score(result.model, small_task, "validation", 300)
     monkeypatch.setattr(train, "SCORING_BYTES", 2000)
     second = train.score(result.model, small_task, "validation", 300)

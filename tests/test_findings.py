@@ -1,0 +1,291 @@
+"""A confirmed report: every number of its prose is recomputed here from the CSV and JSON files beside it."""
+
+import json
+import math
+import re
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+import yaml
+from scipy import stats
+from scipy.special import expit, logit
+from statsmodels.stats.multitest import multipletests
+from test_report import References, made
+
+from ctbprn_lib import confirm, findings, report, search, tasks, verdicts
+from ctbprn_lib.verdicts import REFUTED, SAME, SUPPORTED, UNDECIDED
+
+EFFECTS = {("d", 32): -0.03, ("rank", 4): -0.02, ("n_steps", 1000): 0.02, ("seq_len", 32): -0.1}
+
+
+def confirmed(n_seeds=8, name="made", effects=EFFECTS, spread=0.07):
+    """Invented confirmed scores beside an invented study, kept as confirm.ipynb keeps them."""
+    study = search.load_study(name)
+    runs = verdicts.simulated_runs(n_seeds, np.random.default_rng(3), effects, spread=spread)
+    kept = optuna.create_study(study_name=f"{name}/confirm", storage=study._storage)
+    plan, keys = [], {}
+    for (role, base, factor, level), rows in runs.groupby(["role", "base", "factor", "level"], dropna=False):
+        scores = {k: rows[k].tolist() for k in ("test_accuracy", "test_ce", "route_accuracy")}
+        hp = {k: rows[k].iloc[0].item() for k in search.HYPERPARAMETERS}
+        n_steps = int(rows["n_steps"].iloc[0])
+        key = keys.setdefault(json.dumps(scores), f"{len(keys)}")
+        run = dict(role=role, base=base, factor=factor, level=level, hyperparameters=hp, n_steps=n_steps, key=key)
+        plan.append(run)
+        memory = 40 + 3e-5 * hp["d"] * hp["batch_size"] * hp["seq_len"]
+        record = scores | {"key": key, "mean_test_ce": float(np.mean(scores["test_ce"])), "n_classes": 2}
+        record |= {
+            "diverged_at": [None] * n_seeds,
+            "train_seconds": 2.5,
+            "step_time_ms": 1.0,
+            "device": "CPU",
+            "peak_mem_mib": memory,
+            "n_parameters": 1000 * hp["d"],
+            "torch": "2",
+            "python": "3",
+            "commit": "abc",
+        }
+        if len(keys) > len(kept.get_trials(deepcopy=False)):
+            kept.add_trial(optuna.create_trial(value=record["mean_test_ce"], user_attrs=record))
+    kept.set_user_attr("plan", plan)
+    about = dict(n_seeds=n_seeds, n_test=8192, seed=0, baselines={"linear rule": 0.958, "chance": 0.501})
+    kept.set_user_attr("about", about | {"largest_batch": {"batch_size": 4096, "free_mib": 9000, "tried_twice": True}})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The files of a report on a study where four levels matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "REPORTS", tmp_path_factory.mktemp("reports"))
+        patch.delenv("CTBPRN_STORAGE", raising=False)
+        made(None, failed=False)
+        confirmed()
+        found = findings.load("made")
+        pieces = {name: getattr(found, name)() for name in PIECES}
+        return found.folder, pieces
+
+
+PIECES = ("raw_data", "summary", "best_parameters", "confirmed_results", "ablation", "claims", "key_findings",
+          "recommendations", "undecided", "measured", "reproduce")  # fmt: skip
+
+
+def said(interval, scale=100, digits=1):
+    mean, low, high = (f"{scale * x:.{digits}f}" for x in interval)
+    return f"{mean} % [{low}, {high}]" if scale == 100 else f"{mean} [{low}, {high}]"
+
+
+def interval(scores):
+    """A second implementation of the interval over seeds."""
+    mean = np.mean(scores)
+    half = stats.t.ppf(0.975, len(scores) - 1) * np.std(scores, ddof=1) / len(scores) ** 0.5 / (mean * (1 - mean))
+    return mean, expit(logit(mean) - half), expit(logit(mean) + half)
+
+
+@pytest.fixture(scope="module")
+def tables(folder):
+    place, _ = folder
+    csv = {name: pd.read_csv(place / f"{name}.csv", keep_default_na=name != "claims")
+           for name in ("confirmed", "comparisons", "claims", "importance", "memory")}  # fmt: skip
+    csv["trials"] = pd.read_csv(place / "optuna_results_detailed.csv")
+    return csv | {"about": json.loads((place / "about.json").read_text())}
+
+
+def of_role(tables, role, name):
+    runs = tables["confirmed"]
+    return runs.loc[runs["role"] == role, name].to_numpy()
+
+
+def of_level(tables, base, factor, level, name):
+    runs = tables["confirmed"]
+    return runs[(runs["base"] == base) & (runs["factor"] == factor) & (runs["level"] == level)].sort_values("seed")[
+        name
+    ]
+
+
+def test_every_comparison_is_recomputed_from_the_runs(tables):
+    runs, tests = tables["confirmed"], tables["comparisons"]
+    assert len(tests) > 80
+    for _, t in tests.iterrows():
+        base = t["base"]
+        if t["factor"] == "role":
+            a, b = (of_role(tables, {"best": "trial 7"}.get(t[side], t[side]), t["score"]) for side in ("a", "b"))
+        else:
+            base = "trial 7" if base == "best" else base
+            levels = [
+                of_level(tables, base, t["factor"], float(x), t["score"]).to_numpy() for x in t["a"].split(" and ")
+            ]
+            a, b = np.mean(levels, 0), of_level(tables, base, t["factor"], float(t["b"]), t["score"]).to_numpy()
+        assert len(a) == len(b) == 8
+        test = stats.ttest_rel(a, b) if t["paired"] else stats.ttest_ind(a, b, equal_var=False)
+        ends = test.confidence_interval()
+        expected = (np.mean(a) - np.mean(b), ends.low, ends.high, test.pvalue)
+        assert tuple(t[["effect", "low", "high", "p_value"]]) == pytest.approx(expected, rel=1e-6)
+    np.testing.assert_allclose(tests["p_holm"], multipletests(tests["p_value"], method="holm")[1], rtol=1e-6)
+    has = tests["p_equivalence"].notna()
+    adjusted = multipletests(tests.loc[has, "p_equivalence"], method="holm")[1]
+    np.testing.assert_allclose(tests.loc[has, "p_equivalence_holm"], adjusted, rtol=1e-6)
+    assert set(runs["seed"]) == set(range(8))
+
+
+def test_the_best_are_the_best_of_the_confirmed_table(folder, tables):
+    _, pieces = folder
+    runs = tables["confirmed"]
+    means = runs[runs["role"].notna()].groupby("role")[["test_accuracy", "test_ce"]].mean()
+    for piece in (pieces["best_parameters"], pieces["key_findings"]):
+        for name, best in (("test_accuracy", means["test_accuracy"].idxmax()), ("test_ce", means["test_ce"].idxmin())):
+            scores = interval(of_role(tables, best, name))
+            assert said(scores) in piece if name == "test_accuracy" else said(scores, 1, 3) + " nats" in piece
+            assert best in piece
+    for role in means.index:
+        row = next(line for line in pieces["confirmed_results"].splitlines() if line.startswith(f"| {role} |"))
+        cells = [cell.strip() for cell in row.split("|")[1:-1]]
+        assert cells[1] == said(interval(of_role(tables, role, "test_accuracy"))).replace(" %", "")
+        assert cells[2] == said(interval(of_role(tables, role, "test_ce")), 1, 3)
+        assert float(cells[3]) == pytest.approx(100 * of_role(tables, role, "route_accuracy").mean(), abs=0.051)
+        if role.startswith("trial"):
+            trial = tables["trials"].set_index("trial").loc[int(role.split()[1])]
+            assert float(cells[4]) == pytest.approx(100 * trial["val_accuracy"], abs=0.051)
+
+
+def effects_in(text):
+    """Every effect that is quoted in points or nats, as [effect, low, high] in shares or nats."""
+    found = re.findall(r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\] (points|nats), p", text)
+    return [np.array(numbers[:3], float) / (100 if numbers[3] == "points" else 1) for numbers in found]
+
+
+@pytest.mark.parametrize("piece", ["key_findings", "recommendations", "ablation", "claims"])
+def test_every_effect_in_the_prose_is_one_of_the_comparisons(folder, tables, piece):
+    _, pieces = folder
+    known = tables["comparisons"][["effect", "low", "high"]].to_numpy()
+    quoted = effects_in(pieces[piece])
+    assert quoted
+    for effect in quoted:
+        assert (np.abs(known - effect) < 0.00051).all(1).any(), effect
+
+
+def test_the_winners_curse_the_goal_and_the_rule_are_recomputed(folder, tables):
+    text = folder[1]["key_findings"]
+    trials = tables["trials"].set_index("trial")["val_accuracy"]
+    gaps = np.array([trials[n] - of_role(tables, f"trial {n}", "test_accuracy").mean() for n in (7, 3)])
+    assert f"by {100 * gaps.mean():+.1f} [" in text and f"over {len(gaps)} trials, by {100 * gaps.max():+.1f}" in text
+    runs = tables["confirmed"]
+    means = runs[runs["role"].notna()].groupby("role")[["test_accuracy", "test_ce"]].mean()
+    missed = f"accuracy by {100 * (0.995 - means['test_accuracy'].max()):.1f} points and CE by "
+    assert missed + f"{means['test_ce'].min() - 0.02:.3f} nats" in text
+    assert f"scores {100 * tables['about']['baselines']['linear rule']:.1f} %" in text
+
+
+def test_findings_name_what_matters_and_nothing_else(folder):
+    text = folder[1]["key_findings"]
+    for factor in ("Model dimension (d)", "Router rank", "Length of training", "Sequence length"):
+        assert f"**{factor} matters.**" in text
+    nothing = next(line for line in text.splitlines() if "No level is shown" in line)
+    for factor in ("Learning rate", "Temperature", "Batch size"):
+        assert factor in nothing and f"**{factor} matters" not in text
+    assert "Training more helps: 1,000 steps instead of 500" in text
+
+
+def test_claims_carry_their_verdicts_and_count_up(folder, tables):
+    text, claims = folder[1]["claims"], tables["claims"]
+    counts = claims["verdict"].value_counts()
+    first = text.splitlines()[0]
+    assert f"Of {len(claims)} claims" in first
+    assert all(f"{n} {word}" in first for word, n in counts.items())
+    assert set(counts.index) <= {SUPPORTED, REFUTED, SAME, UNDECIDED, "not tested yet"}
+    for _, row in claims.iterrows():
+        assert f"“{row['claim']}”" in text and row["detail"] in text
+
+
+def test_nothing_undecided_is_recommended(folder, tables):
+    place, pieces = folder
+    space = yaml.safe_load((place / "next_space.yaml").read_text())
+    task = tasks.RoutingTask()
+    assert search.load_space(place / "next_space.yaml", task) == space  # tune.ipynb takes it
+    default, tests = search.default_space(task), tables["comparisons"]
+    decided = tests[tests["verdict"].isin([SUPPORTED, REFUTED]) & (tests["kind"] == "ablation")]
+    for name in space:
+        changed = space[name] != default[name]
+        assert changed <= (name in set(decided["factor"])), name
+        assert changed == (f"{report.NAMES[name]}: search" in pieces["recommendations"])
+    assert 32 not in space["d"] and 4 not in space["rank"] and 32 not in space["seq_len"]
+
+
+def test_memory_and_seeds_are_recomputed(folder, tables):
+    _, pieces = folder
+    table, rule = tables["memory"], tables["about"]["memory_rule"]
+    predicted = table[["A_mib", "W_mib", "I_mib"]].to_numpy() @ [
+        rule["per_activation"], rule["per_parameter"], rule["per_input"]
+    ] + rule["constant"]  # fmt: skip
+    np.testing.assert_allclose(table["predicted_mib"], predicted, rtol=1e-9)
+    assert f"by {100 * rule['error']:.0f} % (median of {len(table)})" in pieces["recommendations"]
+    assert "batch of 4,096 in the 9,000 MiB" in pieces["recommendations"]
+    tests = tables["comparisons"]
+    assert f"all {len(tests)} p-values" in pieces["measured"]
+    sd = tests.loc[tests["score"] == "test_accuracy", "sd"].median()
+    assert f"{100 * sd:.2f} points, median" in pieces["measured"]
+    n = int(re.search(r"it takes (\d+) seeds", pieces["measured"])[1])
+    noncentral, critical = 0.02 / sd * math.sqrt(n / 2), stats.t.ppf(1 - 0.025 / len(tests), 2 * n - 2)
+    assert stats.nct.sf(critical, 2 * n - 2, noncentral) > 0.79 or n == 2
+
+
+def test_importance_is_said_as_the_table_has_it(folder, tables):
+    table, text = tables["importance"], folder[1]["key_findings"]
+    for _, row in table[table["beats_placebo"] & (table["name"] != "placebo")].iterrows():
+        assert said(row[["importance", "low", "high"]]) in text
+    assert "placebo" in set(table["name"])
+
+
+def test_every_piece_is_there_and_readable(folder):
+    for name, text in folder[1].items():
+        assert text and "nan" not in text and not re.search(r"\d\.\d{6}", text), name
+
+
+def test_a_study_that_was_not_confirmed_has_the_plain_report(reports):
+    made(reports)
+    assert type(findings.load("made")) is report.Report
+    assert "notebooks/confirm.ipynb" in findings.load("made").confirmed_results()
+
+
+@pytest.fixture(scope="module")
+def published(project):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "REPORTS", project / "reports")
+        patch.delenv("CTBPRN_STORAGE", raising=False)
+        made(project / "reports", failed=False)
+        confirmed()
+    done = project.python("-c", "from ctbprn_lib.publish import publish; publish('made')")
+    assert done.returncode == 0, done.stderr
+    return project / "reports" / "made"
+
+
+def test_the_confirmed_page_is_whole_and_loads_nothing(published):
+    page, text = ((published / f"report.{kind}").read_text() for kind in ("html", "md"))
+    seen = References()
+    seen.feed(page)
+    assert seen.external == [] and seen.scripts == 0 and all(len(alt) > 20 for alt in seen.pictures)
+    assert {"ablation.png", "tuning_vs_confirmed.png", "accuracy_vs_memory.png"} <= {
+        path.name for path in (published / "optuna_plots").iterdir()
+    }
+    for heading in ("Confirmed results", "What the original report's claims come to", "What remains undecided"):
+        assert f"\n## {heading}\n" in text
+    for picture in re.findall(r"!\[.+?\]\((.+?)\)", text):
+        assert (published / picture).stat().st_size > 10_000
+
+
+def test_confirm_runs_goes_on_and_ends_in_a_report(project):
+    (project / "small.yaml").write_text("d: [4, 8]\nrank: [2]\nbatch_size: [4]\nseq_len: [8, 16]\n")
+    small = [("n_steps", 3), ("n_replicas", 2), ("study_name", "s"), ("task", "uea:BasicMotions")]
+    done = project.papermill("tune", *small, ("space", "small.yaml"), ("n_trials", 2))
+    assert done.returncode == 0, done.stderr
+    words = [("study_name", "s"), ("task", "uea:BasicMotions"), ("n_seeds", 2), ("n_top", 1)]
+    done = project.papermill("confirm", *words)
+    assert done.returncode == 0, done.stderr
+    folder = project / "reports" / "s"
+    assert "## Confirmed results" in (folder / "report.md").read_text()
+    assert json.loads((folder / "best_ce.json").read_text())["task"]["task"] == "uea:BasicMotions"
+    runs = pd.read_csv(folder / "confirmed.csv")
+    again = project.papermill("confirm", *words)
+    assert again.returncode == 0 and " of " not in again.stderr.split("best accuracy:")[0].split("n_top")[-1]
+    pd.testing.assert_frame_equal(runs, pd.read_csv(folder / "confirmed.csv"))
+    assert confirm.CONFIRMING != search.TUNING

@@ -1,0 +1,123 @@
+"""Verdicts: what follows from scores that are known, and how often whole simulated reports are wrong."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ctbprn_lib import search, tasks, verdicts
+from ctbprn_lib.verdicts import REFUTED, SAME, SUPPORTED, UNDECIDED, Evidence, simulated_runs
+
+GOLDEN = Path(__file__).parent / "golden"
+NOTHING_MATTERS = 100  # simulated reports
+SPACE = search.default_space(tasks.RoutingTask())
+
+
+def report(n_seeds=8, seed=0, **kwargs):
+    return Evidence(simulated_runs(n_seeds, np.random.default_rng(seed), **kwargs))
+
+
+def verdict_of(evidence, claim):
+    rows = evidence.claims().set_index("claim")
+    return next(row["verdict"] for quote, row in rows.iterrows() if claim in quote)
+
+
+def test_every_claim_of_the_original_is_quoted():
+    text = (GOLDEN / "published_report.md").read_text()
+    claims = text.split("## Key Findings")[1].split("## Generated Plots")[0]
+    lines = [line.strip()[2:] for line in claims.splitlines() if line.strip().startswith("- ")]
+    assert [quote for quote, _, _ in verdicts.CLAIMS] == lines and len(lines) >= 14
+
+
+def test_where_nothing_matters_hardly_any_report_says_that_something_does():
+    """At most 5 % of reports may hold a false "supported" or "refuted"; 10 of 100 would be one chance in 35 at 5 %."""
+    wrong = 0
+    for seed in range(NOTHING_MATTERS):
+        tests = report(seed=seed).tests
+        wrong += tests["verdict"].isin([SUPPORTED, REFUTED]).any()
+    assert wrong < 10, wrong
+
+
+def test_an_effect_of_two_points_is_found_at_the_default_size():
+    found = []
+    for seed in range(25):
+        tests = report(seed=seed, effects={("rank", 4): -0.02, ("lr", 1e-4): -0.02}).tests
+        mine = (tests["kind"] == "ablation") & (tests["base"] == "trial 7") & (tests["score"] == "test_accuracy")
+        tests = tests[mine].set_index(["factor", "a"])
+        found += [tests.loc[("rank", "4"), "verdict"] == REFUTED, tests.loc[("lr", "0.0001"), "verdict"] == REFUTED]
+    assert np.mean(found) >= 0.8
+
+
+def test_verdicts_follow_the_effects():
+    effects = {("d", 32): -0.03, ("d", 128): -0.03, ("seq_len", 32): -0.05, ("seq_len", 64): 0.015}
+    evidence = report(effects=effects, spread=0.05)
+    assert verdict_of(evidence, "64-96") == SUPPORTED
+    assert verdict_of(evidence, "Larger sequence lengths") == REFUTED  # 64 is better than 128
+    assert verdict_of(evidence, "Router rank of 16") == SAME
+    assert verdict_of(evidence, "dimension to 96") == SAME
+    assert verdict_of(report(spread=1.0), "Router rank of 16") == UNDECIDED
+
+
+def test_an_undecided_claim_says_how_many_seeds_would_decide_it():
+    claims = report(spread=1.0).claims()
+    undecided = claims[claims["verdict"] == UNDECIDED]
+    assert len(undecided) and undecided["detail"].str.contains(r"About \d+ seeds a level would decide it").all()
+    few, many = (int(report(spread=s).seeds_needed([{"sd": 0.03 * s}])) for s in (0.2, 1.0))
+    assert few < many
+
+
+def test_what_no_run_can_decide_is_not_tested_yet_unless_another_record_decides_it():
+    evidence = report()
+    assert verdict_of(evidence, "Current configuration uses") == "not tested yet"
+    quote = verdicts.CLAIMS[6][0]
+    claims = evidence.claims({quote: (REFUTED, "as measured")}).set_index("claim")
+    assert tuple(claims.loc[quote, ["verdict", "detail"]]) == (REFUTED, "as measured")
+    lacking = simulated_runs(8, np.random.default_rng(0))
+    lacking = lacking[~((lacking["factor"] == "rank") & (lacking["level"] == 32))]
+    assert verdict_of(Evidence(lacking), "Router rank of 16") == "not tested yet"
+
+
+def test_all_p_values_are_adjusted_together():
+    tests = report(effects={("rank", 4): -0.02}).tests
+    smallest = tests["p_value"].idxmin()
+    assert tests.loc[smallest, "p_holm"] == pytest.approx(tests.loc[smallest, "p_value"] * len(tests))
+    assert (tests["p_holm"] >= tests["p_value"]).all()
+    assert tests.groupby(["kind", "base", "factor", "a", "b", "score"]).size().max() == 1
+    shapes_differ = tests["factor"].isin(["d", "rank", "batch_size", "seq_len", "batch_size, equal samples", "role"])
+    assert not tests.loc[shapes_differ & (tests["base"] == "trial 7"), "paired"].any()
+    assert tests.loc[tests["factor"].isin(["lr", "temperature", "n_steps"]), "paired"].all()
+
+
+def test_the_next_space_drops_what_is_dead_extends_what_is_better_and_leaves_the_rest():
+    effects = {("d", 32): -0.03, ("rank", 32): 0.02, ("lr", 1e-4): -0.03, ("temperature", 2.0): -0.03}
+    new = report(effects=effects, spread=0.05).next_space(SPACE)
+    assert new["d"] == [64, 96] and new["rank"] == [4, 8, 16, 32]
+    assert new["lr"] == {"low": 4e-4, "high": 1e-2, "log": True} and new["temperature"]["high"] == 1.7
+    assert new["batch_size"] == SPACE["batch_size"] and new["seq_len"] == SPACE["seq_len"]
+    assert report(spread=1.0).next_space(SPACE) == SPACE
+
+
+def test_the_reproduction_decides_two_claims():
+    rng = np.random.default_rng(0)
+
+    def scores(accuracy, ce):
+        return pd.DataFrame({"test_accuracy": rng.normal(accuracy, 0.01, 20), "test_ce": rng.normal(ce, 0.01, 20)})
+
+    def words(one, two):
+        return [verdict for verdict, _ in verdicts.from_reproduction(one, two, 0.7813).values()]
+
+    low, high = scores(0.55, 0.68), scores(0.60, 0.67)
+    assert words(low, high) == [REFUTED, REFUTED]
+    assert words(scores(0.55, 0.60), high)[1] == SUPPORTED and words(high, high)[1] == UNDECIDED
+    assert words(low, scores(0.7813, 0.6))[0] == SUPPORTED
+
+
+def test_recorded_verdicts_are_read_back_and_newer_ones_win(reports):
+    quotes = [quote for quote, _, _ in verdicts.CLAIMS]
+    assert {row[2] for row in verdicts.recorded_claims("made", {})} == {"not tested yet"}
+    (reports / "made").mkdir()
+    report().claims().to_csv(reports / "made" / "claims.csv", index=False)
+    rows = list(verdicts.recorded_claims("made", {quotes[6]: (REFUTED, "newer")}))
+    assert [row[0] for row in rows] == quotes
+    assert rows[6][2:] == (REFUTED, "newer") and rows[1][2] in (SAME, UNDECIDED)
