@@ -179,7 +179,7 @@ class Confirmation:
             scores = score(network, self.task, "test", self.n_test, run.hyperparameters.seq_len)
             content["weights"] = {"file": f"{name}.safetensors", "seed": record["kept_seed"]}
             content["weights"] |= {"chosen_by": "lowest validation CE"} | {k: v.item() for k, v in scores.items()}
-            content |= {k: record[k] for k in ("device", "precision", "ctbprn", "torch", "optuna", "python", "commit")}
+            content |= {k: record[k] for k in ("ctbprn", *search.ORIGIN)}
             (folder / f"{name}.safetensors").write_bytes(made.read_bytes())
             (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return best
