@@ -21,6 +21,7 @@ LABELS = {
     "n_layers": "layers",
     "val_ce": "validation CE (nats)",
     "val_accuracy": "validation accuracy (%)",
+    "test_accuracy": "test accuracy (%)",
     "train_ce": "training CE (nats)",
     "route_accuracy": "routed to the true area (%)",
     "train_seconds": "training time of the trial (s)",
@@ -211,6 +212,16 @@ def histogram(ax, groups, mark, mark_label, scale=100):
         weights = np.full(len(values), 100 / len(values))
         ax.hist(scale * np.asarray(values), bins, weights=weights, color=color, alpha=0.6, label=label)
     ax.axvline((scale if mark <= 1 and scale > 1 else 1) * mark, color=RED, lw=2, label=mark_label)
+    ax.legend(fontsize=9)
+    return ax
+
+
+def tuning_and_confirmed(ax, gaps):
+    """Test accuracy of each confirmed trial against its tuning score, with intervals, and the line of equal scores."""
+    scatter(ax, gaps, "val_accuracy", "test_accuracy")
+    at = 100 * gaps["test_accuracy"].mean()
+    ax.axline((at, at), slope=1, ls="--", color=GREY, label="equal")
+    ax.set(xlabel="accuracy while tuning (%)", ylabel="confirmed: accuracy on the test set, fresh seeds (%)")
     ax.legend(fontsize=9)
     return ax
 

@@ -240,11 +240,16 @@ class ConfirmedReport(Report):
         return "\n".join(lines)
 
     def gaps(self):
-        """(tuning accuracy, confirmed accuracy) of the confirmed trials, as arrays."""
-        roles = [role for role in self.evidence.roles if role.startswith("trial ")]
-        tuned = self.trials.set_index("trial")["val_accuracy"]
-        then = np.array([tuned[int(role.removeprefix("trial "))] for role in roles])
-        return then, np.array([self.evidence.group("", "role", role)["test_accuracy"].mean() for role in roles])
+        """One row a confirmed trial: trial, val_accuracy of its tuning and test_accuracy, with _low and _high."""
+        rows = []
+        for role in self.evidence.roles:
+            if role.startswith("trial "):
+                row = self.trials.set_index("trial").loc[int(role.removeprefix("trial "))]
+                interval = evidence.mean_interval(self.evidence.group("", "role", role)["test_accuracy"])
+                now = zip(("test_accuracy", "test_accuracy_low", "test_accuracy_high"), interval, strict=True)
+                then = {name: row[name] for name in ("val_accuracy", "val_accuracy_low", "val_accuracy_high")}
+                rows.append({"trial": row.name} | then | dict(now))
+        return pd.DataFrame(rows)
 
     def panels(self):
         """{factor: DataFrame of level, mean, low, high in accuracy} of the best configuration's ablations."""
@@ -292,13 +297,14 @@ class ConfirmedReport(Report):
         return f"**The best accuracy is {word} the linear rule**, which scores {100 * rule:.1f} % of the same samples."
 
     def _winners_curse(self):
-        then, now = self.gaps()
-        if len(then) < 2:
+        gaps = self.gaps()
+        if len(gaps) < 2:
             return None
-        mean, low, high = evidence.mean_interval(100 * (then - now))
+        excess = 100 * (gaps["val_accuracy"] - gaps["test_accuracy"])
+        mean, low, high = evidence.mean_interval(excess)
         return (
             f"**The winner's curse**: tuning scores exceeded confirmed ones by {mean:+.1f} [{low:+.1f}, {high:+.1f}] "
-            f"accuracy points on average over {len(then)} trials, by {100 * max(then - now):+.1f} at most."
+            f"accuracy points on average over {len(gaps)} trials, by {max(excess):+.1f} at most."
         )
 
     def _goal(self):

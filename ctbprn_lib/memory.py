@@ -93,6 +93,8 @@ def largest_batch(hp, task, device="auto"):
     else:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 0.9 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**10
+        allowed = resource.getrlimit(resource.RLIMIT_DATA)[0]  # what `ulimit -d` says
+        free = free if allowed == resource.RLIM_INFINITY else min(free, allowed / 2**20)
     while size < MOST and fits(replace(hp, batch_size=2 * size), task, str(device), free):
         size *= 2
     return {"batch_size": size, "free_mib": round(free), "tried_twice": size < MOST}
@@ -109,7 +111,8 @@ def fits(hp, task, device, free_mib):
 
 def _one_step(hp, task, device, free_mib):
     if device == "cpu":
-        resource.setrlimit(resource.RLIMIT_DATA, (int(free_mib * 2**20), resource.RLIM_INFINITY))
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (int(free_mib * 2**20), hard))
     try:
         model, generator = untrained(hp, task, 1, 0, device)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)

@@ -271,7 +271,7 @@ def resolve_precision(precision, device):
         return precision
     if device.type == "cuda":
         return "tf32"
-    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.11 has it not
+    can = torch.cpu.get_capabilities()
     return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
 
 

@@ -44,9 +44,10 @@ class Project(type(pathlib.Path())):
     """A copy of the library and the notebooks, whose reports/ and runs/ are its own."""
 
     def python(self, *words, **environment):
-        """Run this Python there and wait."""
+        """Run this Python there and wait; it may use 3 GiB, or looking for the largest batch would take minutes."""
         env = os.environ | {"PYTHONPATH": str(self), "OMP_NUM_THREADS": "1", "CTBPRN_STORAGE": ""} | environment
-        return subprocess.run((sys.executable, *words), cwd=self, env=env, capture_output=True, text=True, check=False)
+        limited = ("bash", "-c", 'ulimit -d 3145728; exec "$0" "$@"', sys.executable)
+        return subprocess.run((*limited, *words), cwd=self, env=env, capture_output=True, text=True, check=False)
 
     def papermill(self, name, *parameters):
         """Run a notebook as a user types it; returns the finished process, with what its cells printed."""

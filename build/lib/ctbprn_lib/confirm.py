@@ -1,0 +1,271 @@
+"""Confirmation and ablation: chosen configurations trained again with fresh seeds, scored on the test set.
+
+A run is kept as a trial of the study "<name>/confirm" in the tuning study's database as soon as it is done, so a
+confirmation that was stopped goes on where it was.
+"""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import optuna
+import pandas as pd
+import torch
+
+from ctbprn_lib import InputError, evidence, published, search
+from ctbprn_lib.model import CTBPRN
+from ctbprn_lib.train import Budget, Hyperparameters, fit, precision_context, resolve_device, score
+
+CONFIRMING = 1  # first spawn key of the seeds, so that none of them has been used for tuning
+# Levels of an ablation: those inside the space, the next size above it, and one past an end where the best value lies.
+LADDER = {
+    "lr": (3e-5, 1e-4, 4e-4, 1e-3, 1.5e-3, 2e-3, 4e-3, 1e-2, 3e-2),
+    "d": (16, 32, 64, 96, 128, 192),
+    "rank": (2, 4, 8, 16, 32, 64),
+    "temperature": (0.25, 0.5, 1.0, 1.7, 2.0, 3.0),
+    "batch_size": (4, 8, 16, 32, 64, 128),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configuration trained with fresh seeds, and why: its role ("trial 3", "defaults"), or what is ablated.
+
+    base: the role of the configuration from which factor (a hyperparameter, "n_steps" or "batch_size, equal samples")
+    has been moved to level.
+    """
+
+    role: str
+    hyperparameters: Hyperparameters
+    n_steps: int
+    base: str = ""
+    factor: str = ""
+    level: float = math.nan
+
+
+def candidates(trials, task, n_steps, n_top=3):
+    """The n_top trials by accuracy and by CE, the published trials 1 and 2, and the defaults, as Runs.
+
+    trials: search.records; sequence lengths stop at the task's tokens.
+    """
+    complete = trials[trials["state"] == "complete"]
+    top = [complete.sort_values("val_accuracy", ascending=False), complete.sort_values("val_ce")]
+    numbers = dict.fromkeys(n for ordered in top for n in ordered["trial"][:n_top])
+    rows = complete.set_index("trial")
+    chosen = {f"trial {number}": search.hyperparameters(rows.loc[number]) for number in numbers}
+    chosen |= {f"published trial {n}": published.hyperparameters(n) for n in (1, 2)} | {"defaults": Hyperparameters()}
+    fit_in = {role: replace(hp, seq_len=min(hp.seq_len, task.n_tokens)) for role, hp in chosen.items()}
+    return [Run(role, hp, n_steps) for role, hp in fit_in.items()]
+
+
+def ablations(best, space, task):
+    """Each hyperparameter of the Run best through its levels, all else equal; then batch sizes at equal samples, and
+    shorter and longer training."""
+    hp, runs = best.hyperparameters, []
+    for name, entry in space.items():
+        for level in levels(name, entry, getattr(hp, name), task):
+            runs.append(Run("", replace(hp, **{name: level}), best.n_steps, best.role, name, level))
+    for size in levels("batch_size", space["batch_size"], hp.batch_size, task):
+        same = max(1, round(best.n_steps * hp.batch_size / size))
+        runs.append(Run("", replace(hp, batch_size=size), same, best.role, "batch_size, equal samples", size))
+    for n_steps in (best.n_steps // 2 or 1, best.n_steps, 2 * best.n_steps, 4 * best.n_steps):
+        runs.append(Run("", hp, n_steps, best.role, "n_steps", n_steps))
+    return runs
+
+
+def sequence_lengths(base, task):
+    """The Run base at each sequence length."""
+    hp = base.hyperparameters
+    lengths = levels("seq_len", [hp.seq_len], hp.seq_len, task)
+    return [Run("", replace(hp, seq_len=T), base.n_steps, base.role, "seq_len", T) for T in lengths]
+
+
+def levels(name, entry, best, task):
+    """At least four values of a hyperparameter, in order: best, what the space names, and what LADDER adds."""
+    named = entry if isinstance(entry, list) else [entry["low"], entry["high"]]
+    if name == "seq_len":
+        ladder = [max(1, task.n_tokens // n) for n in (8, 4, 2, 1)]
+        return sorted({*ladder, *(n for n in named if n <= task.n_tokens), best})
+    if name not in LADDER:  # n_layers
+        return sorted({*range(1, 5), *named, best})
+    low, high, sizes = min(named), max(named), isinstance(best, int)
+    inside = [x for x in LADDER[name] if low <= x <= high]
+    above, below = [x for x in LADDER[name] if x > high], [x for x in LADDER[name] if x < low]
+    chosen = {*inside, *(named if isinstance(entry, list) else ()), best}
+    if sizes or search.edge(entry, best) == "upper":
+        chosen |= set(above[:1])
+    if search.edge(entry, best) == "lower":
+        chosen |= set(below[-1:])
+    while len(chosen) < 4 and (above or below):
+        chosen.add(above.pop(0) if above else below.pop())
+    return sorted(chosen)
+
+
+class Confirmation:
+    """Trains Runs of one task with n_seeds fresh seeds each, and keeps what came of them beside the tuning study.
+
+    Raises InputError if the study is of another task.
+    """
+
+    def __init__(self, study, task, n_seeds=8, n_test=8192, seed=0, device="auto"):
+        asked = study.user_attrs["fingerprint"]
+        if asked["task"] != json.loads(json.dumps(task.description)):
+            raise InputError(f"study {study.study_name!r} is of the task {asked['task']}, got {task.description}")
+        self.task, self.n_test, self.device = task, n_test, resolve_device(device)
+        self.budget = Budget(**asked["budget"] | dict(n_replicas=n_seeds, n_evals=1))
+        self.seed, self.name = seed, study.study_name
+        self.study = optuna.create_study(
+            study_name=f"{study.study_name}/confirm", storage=study._storage, load_if_exists=True
+        )
+        self.weights = search.REPORTS.parent / "runs" / "weights"
+
+    def train(self, runs, on_done=None):
+        """Train what is not there yet; on a CPU one single-threaded process for each of torch's threads.
+
+        on_done(record, done, total) is called after each.  Returns {key: record} of all runs.
+        """
+        wanted = {self.key(run): run for run in runs}
+        kept = {trial.user_attrs["key"]: trial.user_attrs for trial in self.study.get_trials(deepcopy=False)}
+        kept, origin = {key: kept[key] for key in wanted if key in kept}, search.provenance()
+        for key, record in self._trained({key: run for key, run in wanted.items() if key not in kept}):
+            kept[key] = json.loads(json.dumps({"key": key} | record | origin))
+            ce = record.get("mean_test_ce")
+            state = optuna.trial.TrialState.FAIL if ce is None else optuna.trial.TrialState.COMPLETE
+            self.study.add_trial(optuna.create_trial(state=state, value=ce, user_attrs=kept[key]))
+            if on_done:
+                on_done(record, len(kept), len(wanted))
+        return kept
+
+    def key(self, run):
+        """What makes two runs the same, as a hash."""
+        budget = asdict(replace(self.budget, n_steps=run.n_steps))
+        same = [asdict(run.hyperparameters), budget, self.seed, self.n_test, self.task.description]
+        return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
+
+    def write_plan(self, runs, baselines, largest_batch):
+        """Keep which runs answer which question, so that the report needs nothing but the database."""
+        plan = [asdict(run) | {"key": self.key(run)} for run in runs]
+        self.study.set_user_attr("plan", json.loads(json.dumps(plan)))
+        self.study.set_user_attr("about", dict(n_seeds=self.budget.n_replicas, n_test=self.n_test, seed=self.seed,
+                                 baselines=baselines, largest_batch=largest_batch))  # fmt: skip
+
+    def save_best(self, runs, records):
+        """Write best_accuracy and best_ce (.json and .safetensors) of the confirmed runs to the study's folder.
+
+        The weights are those of the seed with the lowest validation CE.  Returns {file name: Run}.
+        """
+        folder, best = search.study_folder(self.name), {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, score_name, sign in (("best_accuracy", "test_accuracy", -1), ("best_ce", "test_ce", 1)):
+            usable = [run for run in runs if "mean_test_ce" in records[self.key(run)]]
+            if not usable:
+                raise InputError(f"no configuration could be trained: {records[self.key(runs[0])]['failure']}")
+            run = min(usable, key=lambda run: sign * records[self.key(run)][f"mean_{score_name}"])
+            record, best[name] = records[self.key(run)], run
+            made = self.weights / f"{self.key(run)}.safetensors"
+            if not made.exists():  # trained by an earlier call; on one CPU the same seeds give the same weights
+                _train(self.task, run, self.budget, self.n_test, self.seed, str(self.device), made)
+            content = {"study": self.name, "role": run.role, "hyperparameters": asdict(run.hyperparameters),
+                       "n_steps": run.n_steps, "task": self.task.description}  # fmt: skip
+            for kind in ("test_accuracy", "test_ce"):
+                mean, low, high = evidence.mean_interval(_no_gaps(record, kind))
+                content[kind] = dict(mean=mean, low=low, high=high, seeds=record[kind])
+            network = CTBPRN.load(made)  # scored as whoever loads it will use it, in fp32
+            scores = score(network, self.task, "test", self.n_test, run.hyperparameters.seq_len)
+            content["weights"] = {"file": f"{name}.safetensors", "seed": record["kept_seed"]}
+            content["weights"] |= {"chosen_by": "lowest validation CE"} | {k: v.item() for k, v in scores.items()}
+            content |= {k: record[k] for k in ("ctbprn", *search.ORIGIN)}
+            (folder / f"{name}.safetensors").write_bytes(made.read_bytes())
+            (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        return best
+
+    def _trained(self, todo):
+        """Yield (key, record) as they are done."""
+        same, words = (self.budget, self.n_test, self.seed, str(self.device)), {}
+        for key, run in todo.items():
+            words[key] = (self.task, run, *same, self.weights / f"{key}.safetensors" if run.role else None)
+        workers = 1 if self.device.type == "cuda" else min(torch.get_num_threads(), len(todo))
+        if workers <= 1:
+            for key, word in words.items():
+                yield key, _train(*word)
+            return
+        longest_first = sorted(words, key=lambda key: -todo[key].n_steps * todo[key].hyperparameters.batch_size)
+        with pool(workers) as processes:
+            futures = {processes.submit(_train, *words[key]): key for key in longest_first}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+
+
+def records(name, storage=""):
+    """What confirm.ipynb recorded of a study: (one row for each run's role and seed, about), or (None, None).
+
+    Columns: role, base, factor, level, the hyperparameters, n_steps, seed, test_accuracy, test_ce, route_accuracy (a
+    diverged seed counts as chance), val_accuracy, val_ce, diverged_at, and the run's cost and provenance.
+    """
+    try:
+        study = optuna.load_study(study_name=f"{name}/confirm", storage=search.load_study(name, storage)._storage)
+    except KeyError:
+        return None, None
+    if "plan" not in study.user_attrs:
+        return None, None
+    kept, rows = {trial.user_attrs["key"]: trial.user_attrs for trial in study.trials}, []
+    for run in study.user_attrs["plan"]:
+        record = kept[run["key"]]
+        if "mean_test_ce" not in record:
+            continue
+        shared = {k: run[k] for k in ("role", "base", "factor", "level")} | run["hyperparameters"]
+        cost = ("train_seconds", "step_time_ms", "peak_mem_mib", "n_parameters", *search.ORIGIN)
+        scores = {k: _no_gaps(record, k) for k in ("test_accuracy", "test_ce", "route_accuracy", *VALIDATION)}
+        for s in range(len(scores["test_ce"])):
+            each = {k: v[s] for k, v in scores.items()} | {"diverged_at": record["diverged_at"][s]}
+            rows.append(shared | {"n_steps": run["n_steps"], "seed": s} | each | {k: record[k] for k in cost})
+    return pd.DataFrame(rows), study.user_attrs["about"]
+
+
+VALIDATION = ("val_accuracy", "val_ce")
+
+
+def _no_gaps(record, name):
+    """Scores with chance where a seed diverged."""
+    C = record["n_classes"]
+    chance = {"test_ce": math.log(C), "val_ce": math.log(C), "route_accuracy": math.nan}.get(name, 1 / C)
+    values = record.get(name) or [None] * len(record["test_ce"])
+    return [chance if value is None else value for value in values]
+
+
+def _train(task, run, budget, n_test, seed, device, weights=None):
+    """Train one Run and score it; writes the weights of the best seed by validation CE if a path is given."""
+    budget = replace(budget, n_steps=run.n_steps)
+    seeds = np.random.SeedSequence(seed, spawn_key=(CONFIRMING,))  # the same for all: pairs where shapes are equal
+    started = time.perf_counter()
+    try:
+        result = fit(run.hyperparameters, task, budget, seeds, device)
+    except (torch.OutOfMemoryError, MemoryError):
+        return {"failure": f"out of memory at {run.hyperparameters}", "n_classes": task.n_classes}
+    seconds = time.perf_counter() - started
+    autocast = precision_context(result.precision, torch.device(result.device))
+    test = score(result.model, task, "test", n_test, run.hyperparameters.seq_len, autocast)
+    test |= {name: result.curves[name][-1] for name in VALIDATION}
+    alive = np.array([step is None for step in result.diverged_at])
+    listed = {k: [float(x) if ok else None for x, ok in zip(v, alive & np.isfinite(v), strict=True)]
+              for k, v in test.items()}  # fmt: skip
+    record = listed | search.trial_record(result) | listed | {"n_classes": task.n_classes, "train_seconds": seconds}
+    record = {k: v for k, v in record.items() if k not in ("curves", "steps")}
+    for name in ("test_accuracy", "test_ce"):
+        record[f"mean_{name}"] = float(np.mean(_no_gaps(record, name)))
+    record["kept_seed"] = int(np.argmin(np.where(alive, test["val_ce"], np.inf)))
+    if weights:
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        result.model.replica(record["kept_seed"]).save(weights)
+    return record
+
+
+def pool(workers, threads=1):
+    """Processes that start afresh: a fork of a process with threads can hang."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,))

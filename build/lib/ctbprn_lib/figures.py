@@ -1,0 +1,263 @@
+"""Pictures: each function draws on the ax it is given and returns it; none computes.
+
+Colours: Okabe and Ito's palette, which colour-blind readers can tell apart.
+"""
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.lines import Line2D
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#777777",
+)  # fmt: skip
+CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
+LABELS = {
+    "lr": "learning rate",
+    "d": "width d",
+    "rank": "router rank",
+    "temperature": "temperature",
+    "batch_size": "batch size (samples)",
+    "seq_len": "sequence length (tokens)",
+    "n_layers": "layers",
+    "val_ce": "validation CE (nats)",
+    "val_accuracy": "validation accuracy (%)",
+    "train_ce": "training CE (nats)",
+    "route_accuracy": "routed to the true area (%)",
+    "train_seconds": "training time of the trial (s)",
+    "peak_mem_mib": "peak memory of the trial (MiB)",
+}
+STYLE = {
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+mpl.rcParams.update(STYLE)
+
+
+def scatter(ax, trials, x, y, color=BLUE, label=None, annotate=True):
+    """One point a trial with its interval over replicas, where the columns <name>_low and <name>_high hold one."""
+    xs, ys = _scaled(trials, x), _scaled(trials, y)
+    ax.errorbar(xs, ys, xerr=_bars(trials, x), yerr=_bars(trials, y), fmt="o", ms=5, lw=1, color=color, label=label)
+    ax.set(xlabel=LABELS[x], ylabel=LABELS[y])
+    if x == "lr":
+        _log_axis(ax)
+    if annotate:
+        _numbers(ax, trials["trial"], xs, ys)
+    return ax
+
+
+def learning_curves(ax, steps, curves, name, references=None):
+    """curves {label: (evaluations, R)}: the mean over replicas and a band from the lowest to the highest replica.
+
+    references {label: value}: horizontal lines in the units of the curves.
+    """
+    scale = 100 if name.endswith("accuracy") else 1
+    for (label, values), color in zip(curves.items(), CYCLE, strict=False):
+        values = scale * np.asarray(values, dtype=float)
+        ax.plot(steps, values.mean(1), "o-", ms=4, color=color, label=label)
+        ax.fill_between(steps, values.min(1), values.max(1), color=color, alpha=0.2, lw=0)
+    for (label, value), style in zip((references or {}).items(), ("--", ":", "-."), strict=False):
+        ax.axhline(scale * value, color=GREY, ls=style, label=f"{label} {scale * value:.1f}")
+    ax.set(xlabel="training step", ylabel=LABELS[name])
+    ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def history(ax, trials, score, best):
+    """Every trial's score with its interval in the order they ran, and the running best (an array, one a trial)."""
+    for state, color in (("complete", BLUE), ("pruned", ORANGE)):
+        part = trials[trials["state"] == state]
+        if len(part):
+            ax.errorbar(part["trial"], _scaled(part, score), yerr=_bars(part, score), fmt="o", ms=5, lw=1,
+                        color=color, label=state)  # fmt: skip
+    ax.step(
+        trials["trial"],
+        best * (100 if score.endswith("accuracy") else 1),
+        where="post",
+        color=GREEN,
+        label="best so far",
+    )
+    ax.set(xlabel="trial", ylabel=LABELS[score])
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(fontsize=9)
+    return ax
+
+
+def slice_of(ax, trials, name, score, levels=None):
+    """Score against one hyperparameter; levels: values to mark where it has a few."""
+    scatter(ax, trials, name, score, annotate=False)
+    if levels is not None:
+        ax.set_xticks(levels, [str(level) for level in levels])
+        ax.set_xlim(levels[0] - 0.2 * np.ptp(levels) - 1e-9, levels[-1] + 0.2 * np.ptp(levels) + 1e-9)
+    return ax
+
+
+def importance(ax, table):
+    """Shares of evidence.importance as bars with intervals; what does not beat the placebo is pale."""
+    table = table.iloc[::-1]
+    colors = [BLUE if beats else SKY for beats in table["beats_placebo"]]
+    bars = 100 * np.abs([table["importance"] - table["low"], table["high"] - table["importance"]]).astype(float)
+    names = [LABELS.get(n, n).split(" (")[0] for n in table["name"]]
+    ax.barh(names, 100 * table["importance"].astype(float), xerr=bars, color=colors, ecolor=GREY, capsize=3)
+    ax.set(xlabel="share of the importance (%)")
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
+def ablation(ax, panel, own, name):
+    """Accuracy of each level (DataFrame of level, mean, low, high) with its interval; own marks the base's level."""
+    at = np.arange(len(panel))
+    bars = 100 * np.array([panel["mean"] - panel["low"], panel["high"] - panel["mean"]])
+    ax.errorbar(at, 100 * panel["mean"], yerr=bars, fmt="o", ms=5, lw=1, color=BLUE)
+    mine = panel["level"].to_numpy() == own
+    ax.plot(at[mine], 100 * panel["mean"][mine], "o", ms=8, color=RED)
+    ax.set_xticks(at, [f"{level:.3g}" for level in panel["level"]], rotation=45 if len(panel) > 5 else 0)
+    ax.set(xlabel=name, xlim=(-0.5, len(panel) - 0.5))
+    return ax
+
+
+def parallel_coordinates(ax, trials, names, score):
+    """One line a trial over the hyperparameters in names, each axis from its lowest to its highest value.
+
+    lr is on a logarithmic axis; the colour is the score, and good trials are drawn last.
+    """
+    values = trials[names].astype(float).to_numpy()
+    positions = np.where(np.array(names) == "lr", np.log10(np.maximum(values, 1e-300)), values)
+    low, high = positions.min(0), positions.max(0)
+    positions = np.where(high > low, (positions - low) / np.where(high > low, high - low, 1), 0.5)
+    good = _scaled(trials, score)
+    colors = mpl.cm.ScalarMappable(mpl.colors.Normalize(good.min(), good.max()), "cividis")
+    order = np.argsort(good)
+    for i in order if score.endswith("accuracy") else order[::-1]:
+        ax.plot(range(len(names)), positions[i], color=colors.to_rgba(good[i]), lw=1.5, alpha=0.85)
+    for k, _name in enumerate(names):
+        for edge, at, up in ((values[:, k].min(), 0, "top"), (values[:, k].max(), 1, "bottom")):
+            ax.annotate(f"{edge:.2g}" if edge < 10 else f"{edge:.0f}", (k, at), xytext=(0, 4 if at else -4),
+                        textcoords="offset points", ha="center", va=up, fontsize=9)  # fmt: skip
+    ax.set_xticks(range(len(names)), [LABELS[n].split(" (")[0].replace(" ", "\n", 1) for n in names])
+    ax.tick_params(axis="x", pad=16, length=0)
+    ax.set(yticks=[], ylim=(-0.02, 1.1))
+    ax.spines["left"].set_visible(False)
+    ax.spines["bottom"].set_visible(False)
+    ax.figure.colorbar(colors, ax=ax, label=LABELS[score])
+    return ax
+
+
+def cost_and_accuracy(ax, trials, front, cost="train_seconds"):
+    """Accuracy against a cost column; front (n,) True marks the trials no other beats in both."""
+    scatter(ax, trials[~front], cost, "val_accuracy", SKY, "beaten in both", annotate=False)
+    best = trials[front].sort_values(cost)
+    scatter(ax, best, cost, "val_accuracy", RED, "Pareto front")
+    ax.step(best[cost], 100 * best["val_accuracy"], where="post", color=RED, lw=1)
+    _log_axis(ax)
+    ax.legend(fontsize=9, loc="lower right")
+    return ax
+
+
+def routing(ax, shares, row_names, area_names, title, ylabel):
+    """shares (rows,K): of the samples of a row (a true area or a class), how many per cent look at which area."""
+    ax.imshow(100 * np.asarray(shares), vmin=0, vmax=100, cmap="cividis")
+    for (i, j), share in np.ndenumerate(np.asarray(shares)):
+        ax.text(j, i, f"{100 * share:.0f} %", ha="center", va="center", color="white" if share < 0.55 else "black")
+    ax.set_xticks(range(len(area_names)), area_names)
+    ax.set_yticks(range(len(row_names)), row_names)
+    ax.set(xlabel="area the router looks at", ylabel=ylabel, title=title)
+    ax.grid(visible=False)
+    return ax
+
+
+def layer(ax, K):
+    """A drawing of one layer with K areas: what flows where, in the symbols of the equations."""
+    ax.set(xlim=(0, 10.4), ylim=(0, 6.2))
+    ax.axis("off")
+
+    def box(x, y, w, h, text, color):
+        ax.add_patch(
+            mpl.patches.FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0.05", fc=color, ec="black", alpha=0.3)
+        )
+        ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=10)
+
+    def arrow(start, end, label="", at=(0, 0), bend=0.0):
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "connectionstyle": f"arc3,rad={bend}", "lw": 1.4})
+        ax.text((start[0] + end[0]) / 2 + at[0], (start[1] + end[1]) / 2 + at[1], label, fontsize=9, ha="center")
+
+    box(0.2, 1.0, 1.5, 1.4, f"areas\n$X_1 … X_{K}$", SKY)
+    box(2.7, 4.2, 2.6, 1.4, "basal-ganglia controller\n$\\ell$ from the means $m_k$", ORANGE)
+    box(5.9, 2.6, 2.2, 1.2, "thalamic router\n$M=\\sum_k\\alpha_k X_kV_kU_k^\\top$", GREEN)
+    box(5.9, 0.3, 2.2, 1.3, "column of each area\nbasal $b$, apical $a$", PURPLE)
+    box(9.0, 0.3, 1.2, 1.3, f"new\n$X_1 … X_{K}$", SKY)
+    arrow((1.0, 2.5), (2.6, 4.9), "mean over tokens", (-0.75, 0.35), -0.2)
+    arrow((5.4, 4.9), (7.0, 3.9), "gate $\\alpha$ = softmax$((\\ell+g)/\\tau)$", (1.35, 0.25), -0.2)
+    arrow((1.8, 2.0), (5.8, 3.1), "every area", (-0.2, 0.2))
+    arrow((7.0, 2.5), (7.0, 1.7), "one message $M$ for all", (1.45, -0.1))
+    arrow((1.8, 1.3), (5.8, 0.9), "own $X_k$", (0, 0.12))
+    arrow((8.2, 0.95), (8.9, 0.95))
+    return ax
+
+
+def histogram(ax, groups, mark, mark_label, scale=100):
+    """Shares of values {label: (n,)} (times scale) in bins between them, and a line at mark."""
+    everything = scale * np.concatenate([np.asarray(v) for v in groups.values()])
+    distinct = np.unique(everything.round(6))
+    width = np.diff(distinct).min() if 1 < len(distinct) <= 40 else np.ptp(everything) / 30 or 1
+    bins = np.arange(everything.min() - width / 2, everything.max() + width, width)
+    for (label, values), color in zip(groups.items(), CYCLE, strict=False):
+        weights = np.full(len(values), 100 / len(values))
+        ax.hist(scale * np.asarray(values), bins, weights=weights, color=color, alpha=0.6, label=label)
+    ax.axvline((scale if mark <= 1 and scale > 1 else 1) * mark, color=RED, lw=2, label=mark_label)
+    ax.legend(fontsize=9)
+    return ax
+
+
+def against(ax, x, y, log=False):
+    """One point a pair, and the line on which both are equal."""
+    ax.plot(x, y, "o", color=BLUE, alpha=0.7)
+    ends = [min(np.min(x), np.min(y)), max(np.max(x), np.max(y))]
+    ax.plot(ends, ends, "--", color=GREY, label="equal")
+    if log:
+        ax.set(xscale="log", yscale="log")
+    ax.legend(fontsize=9)
+    return ax
+
+
+def legend_of_states(ax):
+    """A legend that says what points and bars are."""
+    label = "trial: mean and 95 % interval over replicas"
+    ax.legend(handles=[Line2D([], [], marker="o", ls="-", color=BLUE, label=label)], fontsize=9)
+    return ax
+
+
+def _log_axis(ax):
+    """A logarithmic x axis with plain numbers."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+
+
+def _numbers(ax, numbers, xs, ys):
+    """The trial's number beside each point, as long as it does not run into one already there."""
+    taken = []
+    for number, at in zip(numbers, zip(xs, ys, strict=True), strict=True):
+        place = ax.transData.transform(at)
+        if all(np.abs(place - other)[0] > 18 or np.abs(place - other)[1] > 12 for other in taken):
+            ax.annotate(str(number), at, xytext=(4, 4), textcoords="offset points", fontsize=8, color=GREY)
+            taken.append(place)
+
+
+def _scaled(trials, name):
+    return trials[name].astype(float).to_numpy() * (100 if name.endswith("accuracy") else 1)
+
+
+def _bars(trials, name):
+    if f"{name}_low" not in trials:
+        return None
+    middle, low, high = (_scaled(trials, name), *(trials[f"{name}_{end}"].to_numpy(float) for end in ("low", "high")))
+    scale = 100 if name.endswith("accuracy") else 1
+    return np.clip(np.nan_to_num([middle - scale * low, scale * high - middle]), 0, None)

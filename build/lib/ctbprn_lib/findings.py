@@ -1,0 +1,363 @@
+"""A confirmed study's report: the sections of report.py, written from verdicts instead of tuning scores."""
+
+import itertools
+import json
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from ctbprn_lib import confirm, evidence, memory, published, search, verdicts
+from ctbprn_lib.report import NAMES, Report, escape, nats, percent, sections, span, table, value
+from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO
+from ctbprn_lib.train import Hyperparameters
+from ctbprn_lib.verdicts import BEST, LEVEL, REFUTED, SAME, SUPPORTED, TRIAL_2, UNDECIDED, Contrast, effect
+
+FACTORS = NAMES | {"batch_size, equal samples": "Batch size at equal samples", "n_steps": "Length of training"}
+GOAL = {"test_accuracy": 0.995, "test_ce": 0.02}  # on the routing task
+
+
+def load(study_name, storage=""):
+    """The Report of a study: a ConfirmedReport if confirm.ipynb has been run on it."""
+    runs, about = confirm.records(study_name, storage)
+    return Report(study_name, storage) if runs is None else ConfirmedReport(study_name, storage, runs, about)
+
+
+class ConfirmedReport(Report):
+    """A Report whose findings and recommendations come from confirmed scores and their verdicts."""
+
+    confirmed = True
+
+    def __init__(self, study_name, storage, runs, about):
+        super().__init__(study_name, storage)
+        self.runs, self.about = runs, about
+        self.baselines = about["baselines"]
+        self.evidence = verdicts.Evidence(runs)
+        self.best = {"test_accuracy": self.evidence.best_accuracy, "test_ce": self.evidence.best_ce}
+        self.is_original_task = self.task["task"] == "routing" and self.task["n_tokens"] == 128
+        once = runs.drop_duplicates([*HYPERPARAMETERS, "n_steps"])
+        self.memory_table = pd.concat([memory.measured(self.trials, self.budget["n_replicas"], self.task),
+                                       memory.measured(once, self.evidence.n_seeds, self.task)])  # fmt: skip
+        self.memory = None
+        if len(self.memory_table) >= 6:
+            sizes = self.memory_table[memory.SIZES].to_numpy()
+            self.memory = memory.fit_rule(sizes, self.memory_table["measured_mib"])
+            self.memory_table["predicted_mib"] = self.memory.predict(sizes)
+        self.claims_table = self.evidence.claims(self._other_verdicts()) if self.is_original_task else None
+        self.next_space = self.evidence.next_space(self.space)
+
+    def summary(self):
+        e = self.evidence
+        return super().summary(confirmed=True) + (
+            f" {len(e.roles)} configurations were trained again with {e.n_seeds} fresh seeds and scored on "
+            f"{self._n_test():,} test samples that served nothing else: only those scores are called results."
+        )
+
+    def best_parameters(self):
+        parts = []
+        for name, title in (("test_accuracy", "Best Test Accuracy"), ("test_ce", "Best Test CE")):
+            role = self.best[name]
+            lines = [f"### For {title} ({role})", f"- **Test accuracy**: {self._score(role, 'test_accuracy')}",
+                     f"- **Test CE**: {self._score(role, 'test_ce')}"]  # fmt: skip
+            lines += [f"- **{NAMES[n]}**: {value(n, self._value(role, n))}" for n in self.names]
+            parts.append("\n".join(lines))
+        files = "The networks: `best_accuracy.safetensors` and `best_ce.safetensors`, with `.json` beside them."
+        return "\n\n".join([*parts, files])
+
+    def confirmed_results(self):
+        """A table of all confirmed configurations: test scores beside tuning scores."""
+        tuned = self.trials.set_index("trial")
+        header = ["Configuration", "Test accuracy (%)", "Test CE (nats)", "Routed to the true area (%)",
+                  "Tuning accuracy (%)", "Tuning CE (nats)", *(NAMES[name] for name in self.names)]  # fmt: skip
+        rows = []
+        for role in self.evidence.roles:
+            routed, then = self.evidence.group("", "role", role)["route_accuracy"].mean(), ["–", "–"]
+            if role.startswith("trial "):
+                row = tuned.loc[int(role.removeprefix("trial "))]
+                then = [f"{100 * row['val_accuracy']:.1f}", f"{row['val_ce']:.3f}"]
+            scores = [self._score(role, name).replace(" %", "").replace(" nats", "") for name in self.best]
+            settings = [value(name, self._value(role, name)) for name in self.names]
+            rows.append([role, *scores, f"{100 * routed:.1f}" if routed >= 0 else "–", *then, *settings])
+        return table(header, rows)
+
+    def ablation(self):
+        """What each level costs or gains against the configuration it was moved from, a table a hyperparameter."""
+        words = {SUPPORTED: "better", REFUTED: "worse", SAME: "the same within one point", UNDECIDED: UNDECIDED}
+        parts = []
+        for base, factor in self.evidence.ablated():
+            rows = [
+                [self._level(factor, level), effect(points), effect(ce), words[points["verdict"]]]
+                for level, (points, ce) in self._levels(base, factor).items()
+            ]
+            own = self._level(factor, self.evidence.own_level(base, factor))
+            header = ["Level", "Accuracy", "CE", "Verdict on accuracy"]
+            parts.append(f"**{FACTORS[factor]}**{self._where(base)}, against {own}:\n\n{table(header, rows)}")
+        return "\n\n".join(parts)
+
+    def claims(self):
+        if self.claims_table is None:
+            return "The original's claims are about the routing task; they are tested in its report."
+        counts = self.claims_table["verdict"].value_counts()
+        order = (SUPPORTED, REFUTED, SAME, UNDECIDED, "not tested yet")
+        said = ", ".join(f"{counts[word]} {word}" for word in order if word in counts)
+        rows = [
+            [f"“{claim}”", decided_by, f"**{verdict}**" + f": {detail}" * bool(detail)]
+            for claim, decided_by, verdict, detail in self.claims_table.itertuples(index=False)
+        ]
+        return f"Of {len(rows)} claims: {said}.\n\n" + table(["Claim", "Decided by", "Verdict"], rows)
+
+    def key_findings(self):
+        e, t = self.evidence, self.evidence.tests
+        findings = []
+        for score, title in (("test_accuracy", "Best accuracy"), ("test_ce", "Best CE")):
+            role = self.best[score]
+            others = t[(t["kind"] == "confirmed") & (t["b"] == role) & (t["score"] == score)]
+            same = others[others["p_holm"] >= LEVEL]
+            findings.append(
+                f"**{title}: {role}**, {self._score(role, score)} over {e.n_seeds} fresh seeds. {len(same)} of the "
+                f"{len(others)} other confirmed configurations cannot be told from it"
+                + (f" ({', '.join(same['a'])})." if len(same) else ".")
+            )
+        for test in e.of(Contrast("", "role", (TRIAL_2,), (BEST,))):
+            word = {SUPPORTED: "better", REFUTED: "worse", SAME: "the same within one point"}
+            findings.append(
+                f"**The published best settings (trial 2), trained and scored the same way**, reach "
+                f"{self._score(TRIAL_2, 'test_accuracy')}: {word.get(test['verdict'], 'not told apart')} beside "
+                f"{e.base} ({effect(test)})."
+            )
+        findings += [self._against_rule(), self._winners_curse(), self._goal()]
+        undecided = []
+        for base, factor in e.ablated():
+            decided = [p for p, _ in self._levels(base, factor).values() if p["verdict"] in (SUPPORTED, REFUTED)]
+            if base == e.base and decided:
+                own = self._level(factor, e.own_level(base, factor))
+                said = "; ".join(f"{self._level(factor, float(p['a']))}: {effect(p)}" for p in decided)
+                findings.append(f"**{FACTORS[factor]} matters.** Against {own}, {said}.")
+            elif base == e.base:
+                undecided.append(FACTORS[factor])
+        if undecided:
+            findings.append(f"**No level is shown to change accuracy for**: {', '.join(undecided)}.")
+        findings.append(self._importance_finding())
+        return "\n".join(f"{i}. {finding}" for i, finding in enumerate(filter(None, findings), 1))
+
+    def recommendations(self):
+        e, role = self.evidence, self.evidence.best_ce
+        settings = ", ".join(f"{name} {value(name, self._value(role, name))}" for name in self.names)
+        production = [f"Use {role}: {settings}, trained for {self._value(role, 'n_steps'):,} steps (`best_ce`)."]
+        for factor in ("d", "rank", "batch_size", "seq_len"):
+            own = e.own_level(e.base, factor)
+            smaller = [points for level, (points, _) in self._levels(e.base, factor).items() if level < own]
+            good = [points for points in smaller if points["verdict"] in (SAME, SUPPORTED)]
+            if good:
+                production.append(f"{FACTORS[factor]} {good[0]['a']} instead of {own:g} costs less: {effect(good[0])}.")
+        further = [
+            f"{FACTORS[name]}: search {span(entry)} instead of {span(self.space[name])}."
+            for name, entry in self.next_space.items()
+            if entry != self.space[name]
+        ] or ["No range is changed by this evidence."]
+        further += [longer] if (longer := self._longer()) else []
+        further.append("`next_space.yaml` is this space; `-p space` of tune.ipynb takes it.")
+        tuned = self.complete["peak_mem_mib"]
+        cost = [
+            f"Peak memory of the complete trials ran from {tuned.min():.0f} to {tuned.max():.0f} MiB for "
+            f"{self.budget['n_replicas']} replicas trained together."
+        ]
+        if rule := self.memory:
+            cost.append(
+                f"It follows {rule.per_activation:.1f} A + {rule.per_parameter:.1f} W + {rule.per_input:.1f} I + "
+                f"{rule.constant:.0f} MiB, with A = 4 R B K T d L bytes, W = 4 R bytes a parameter, I = 4 R B K T F "
+                f"bytes; it misses a run that it was not fitted to by {100 * rule.error:.0f} % (median of "
+                f"{len(self.memory_table)})."
+            )
+        if largest := self.about["largest_batch"]:
+            cost.append(
+                f"One replica of {role} trained with a batch of {largest['batch_size']:,} in the "
+                f"{largest['free_mib']:,} MiB that were free"
+                + (", and not with twice as much." if largest["tried_twice"] else "; more was not tried.")
+            )
+        return sections(production, further, cost)
+
+    def undecided(self):
+        e, lines = self.evidence, []
+        for base, factor in e.ablated():
+            open_ones = [p for p, _ in self._levels(base, factor).values() if p["verdict"] == UNDECIDED]
+            if open_ones:
+                levels = ", ".join(self._level(factor, float(p["a"])) for p in open_ones)
+                lines.append(
+                    f"{FACTORS[factor]}{self._where(base)}: {levels}. About {e.seeds_needed(open_ones)} seeds a level "
+                    "would show a difference of one accuracy point in 80 % of reports."
+                )
+        if self.claims_table is not None:
+            still = self.claims_table[self.claims_table["verdict"].isin([UNDECIDED, "not tested yet"])]
+            lines += [f"“{row['claim']}”: {row['verdict']}." for _, row in still.iterrows()]
+        return "\n".join(f"- {line}" for line in lines) or "- Nothing that was asked."
+
+    def measured(self):
+        e, t = self.evidence, self.evidence.tests
+        sd = t[t["score"] == "test_accuracy"]["sd"].median()
+        return super().measured() + (
+            f"\n- **Confirmation**: {e.n_seeds} fresh seeds a configuration, the same for all; the score is on "
+            f"{self._n_test():,} test samples that neither tuning nor exploring has seen. Comparisons are Welch's "
+            "test, or a paired one where shapes are equal; an interval is 95 % for its comparison alone, while all "
+            f"{len(t)} p-values of this report are Holm-adjusted together, and so are the "
+            f"{t['p_equivalence'].notna().sum()} equivalence tests (two one-sided tests, one accuracy point). With the "
+            f"spread seen here (standard deviation over seeds {100 * sd:.2f} points, median) it takes "
+            f"{evidence.seeds_needed(sd, 0.02, LEVEL / len(t))} seeds to find a true effect of two points in 80 % of "
+            "reports."
+        )
+
+    def reproduce(self):
+        a, runs = self.about, self.runs.drop_duplicates([*HYPERPARAMETERS, "n_steps"])
+        command = (
+            f"papermill notebooks/confirm.ipynb runs/confirm.ipynb -p study_name again -p task {self.task['task']} "
+            f"-p n_seeds {a['n_seeds']} -p n_test {a['n_test']} -p seed {a['seed']}"
+        )
+        used = "; ".join(", ".join(sorted(set(map(str, runs[name])))) for name in ("commit", "torch", "device"))
+        minutes = runs["train_seconds"].sum() / 60
+        return super().reproduce() + (
+            f"\n\n- Confirmation and ablation: {escape(used)}; {len(runs)} configurations, {minutes:.1f} minutes of "
+            f"training and scoring.\n\n```\n{command}\n```"
+        )
+
+    def raw_data(self):
+        """Write the tables and the next space beside the database too, and list them."""
+        tables = {"confirmed.csv": (self.runs, "every confirmed and ablated run, a row a seed"),
+                  "comparisons.csv": (self.evidence.tests, "every test of this report"),
+                  "importance.csv": (self.importance(), "importance with intervals"),
+                  "memory.csv": (self.memory_table, "peak memory, measured and predicted"),
+                  "claims.csv": (self.claims_table, "the original's claims with their verdicts")}  # fmt: skip
+        lines = [super().raw_data()]
+        for name, (frame, what) in tables.items():
+            if frame is not None:
+                frame.to_csv(self.folder / name, index=False)
+                lines.append(f"- [`{name}`]({name}): {what}")
+        about = self.about | {"memory_rule": self.memory._asdict() if self.memory else None}
+        texts = {"next_space.yaml": (yaml.safe_dump(self.next_space, sort_keys=False), "the space for the next search"),
+                 "about.json": (json.dumps(about, indent=1) + "\n", "seeds, samples, memory")}  # fmt: skip
+        for name, (text, what) in texts.items():
+            (self.folder / name).write_text(text, encoding="utf-8")
+            lines.append(f"- [`{name}`]({name}): {what}")
+        return "\n".join(lines)
+
+    def gaps(self):
+        """(tuning accuracy, confirmed accuracy) of the confirmed trials, as arrays."""
+        roles = [role for role in self.evidence.roles if role.startswith("trial ")]
+        tuned = self.trials.set_index("trial")["val_accuracy"]
+        then = np.array([tuned[int(role.removeprefix("trial "))] for role in roles])
+        return then, np.array([self.evidence.group("", "role", role)["test_accuracy"].mean() for role in roles])
+
+    def panels(self):
+        """{factor: DataFrame of level, mean, low, high in accuracy} of the best configuration's ablations."""
+        e, panels = self.evidence, {}
+        for base, factor in e.ablated():
+            if base == e.base:
+                groups = {level: e.group(base, factor, level) for level in e.levels(base, factor)}
+                rows = [(level, *evidence.mean_interval(group["test_accuracy"])) for level, group in groups.items()]
+                panels[factor] = pd.DataFrame(rows, columns=["level", "mean", "low", "high"])
+        return panels
+
+    def _n_test(self):
+        return min(self.about["n_test"], self.task.get("n_samples", {}).get("test", self.about["n_test"]))
+
+    def _value(self, role, name):
+        return self.evidence.group("", "role", role)[name][0]
+
+    def _score(self, role, name):
+        interval = evidence.mean_interval(self.evidence.group("", "role", role)[name])
+        return percent(interval) if name == "test_accuracy" else f"{nats(interval)} nats"
+
+    def _levels(self, base, factor):
+        """{level: (accuracy test, CE test)} of an ablation, without the base's own level."""
+        t = self.evidence.tests
+        mine = t[(t["kind"] == "ablation") & (t["base"] == base) & (t["factor"] == factor)]
+        pairs = [tuple(row for _, row in mine[mine["a"] == a].iterrows()) for a in dict.fromkeys(mine["a"])]
+        own = self.evidence.own_level(base, factor)
+        levels = [level for level in self.evidence.levels(base, factor) if level != own]
+        return dict(zip(levels, pairs, strict=True))
+
+    @staticmethod
+    def _level(factor, level):
+        return value(factor.split(",")[0], level)
+
+    def _where(self, base):
+        return "" if base == self.evidence.base else " at published trial 2's other settings"
+
+    def _against_rule(self):
+        if "linear rule" not in self.baselines:
+            return None
+        role, rule = self.evidence.best_accuracy, self.baselines["linear rule"]
+        mean, *ends = evidence.mean_interval(self.evidence.group("", "role", role)["test_accuracy"])
+        ends += evidence.sample_interval(mean, self._n_test())  # seeds and samples both leave something open
+        word = "above" if min(ends) > rule else "below" if max(ends) < rule else "not distinguishable from"
+        return f"**The best accuracy is {word} the linear rule**, which scores {100 * rule:.1f} % of the same samples."
+
+    def _winners_curse(self):
+        then, now = self.gaps()
+        if len(then) < 2:
+            return None
+        mean, low, high = evidence.mean_interval(100 * (then - now))
+        return (
+            f"**The winner's curse**: tuning scores exceeded confirmed ones by {mean:+.1f} [{low:+.1f}, {high:+.1f}] "
+            f"accuracy points on average over {len(then)} trials, by {100 * max(then - now):+.1f} at most."
+        )
+
+    def _goal(self):
+        if not self.is_original_task:
+            return None
+        reached = {name: self.evidence.group("", "role", self.best[name])[name].mean() for name in GOAL}
+        missed = []
+        if reached["test_accuracy"] < GOAL["test_accuracy"]:
+            missed.append(f"accuracy by {100 * (GOAL['test_accuracy'] - reached['test_accuracy']):.1f} points")
+        if reached["test_ce"] > GOAL["test_ce"]:
+            missed.append(f"CE by {reached['test_ce'] - GOAL['test_ce']:.3f} nats")
+        goal = f"The goal of {100 * GOAL['test_accuracy']:.1f} % and {GOAL['test_ce']} nats"
+        return f"**{goal} is {'missed' if missed else 'reached'}**: {' and '.join(missed) or 'both'}. {self._longer()}"
+
+    def _longer(self):
+        """What the longest training does, if that is decided."""
+        e = self.evidence
+        own, levels = e.own_level(e.base, "n_steps"), self._levels(e.base, "n_steps")
+        if not levels or max(levels) < own or levels[max(levels)][1]["p_holm"] >= LEVEL:
+            return ""
+        points, ce = levels[max(levels)]
+        return (
+            f"Training {'more helps' if ce['effect'] < 0 else 'less helps'}: {max(levels):,.0f} steps instead of "
+            f"{own:,} change CE by {effect(ce)}, and accuracy by {effect(points)}."
+        )
+
+    def _importance_finding(self):
+        shares = self.importance()
+        if shares.empty:
+            return None
+        placebo = f"a placebo ({100 * shares.set_index('name').loc[PLACEBO, 'importance']:.0f} %)"
+        above = shares[(shares["name"] != PLACEBO) & shares["beats_placebo"].astype(bool)]
+        if above.empty:
+            return f"**Importance**: no hyperparameter's share beats {placebo}; what the bars show is noise."
+        shown = [(NAMES[name], percent(shares)) for name, *shares, _ in above.itertuples(index=False)]
+        said = ", ".join(f"{name} ({share})" for name, share in shown)
+        return f"**Importance**: only {said} beats {placebo}; what the other bars show is noise."
+
+    def _other_verdicts(self):
+        """Verdicts that other records decide: the reproduction's tables and memory."""
+        found, folder = {}, search.REPORTS / "reproduce"
+        quotes = [quote for quote, _, _ in verdicts.CLAIMS]
+        if (folder / "trial_1_seeds.csv").exists():
+            one, two = (pd.read_csv(folder / f"trial_{n}_seeds.csv").dropna() for n in (1, 2))
+            found |= verdicts.from_reproduction(one, two, published.TABLE.loc[2, "val_accuracy"])
+        levels = {name: self.space[name] for name in ("d", "rank", "batch_size", "seq_len")}
+        if self.memory and all(isinstance(entry, list) for entry in levels.values()):
+            shapes = (dict(zip(levels, shape, strict=True)) for shape in itertools.product(*levels.values()))
+            need = np.array([memory.predicted(self.memory, Hyperparameters(**shape), self.task) for shape in shapes])
+            mine = memory.predicted(self.memory, published.hyperparameters(2), self.task)
+            less = (need < mine).mean()
+            found[quotes[15]] = (
+                REFUTED if less > 0 else SUPPORTED,
+                f"trial 2 needs {mine:.0f} MiB a replica by the fitted rule, and {100 * less:.0f} % of the space's "
+                f"shapes need less (down to {need.min():.0f} MiB): little, but not the least",
+            )
+        if largest := self.about["largest_batch"]:
+            size = largest["batch_size"]
+            found[quotes[16]] = (
+                SUPPORTED if size > 32 else REFUTED, f"a batch of {size:,} trains in {largest['free_mib']:,} MiB",
+            )  # fmt: skip
+        return found

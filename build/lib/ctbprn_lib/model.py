@@ -1,0 +1,275 @@
+"""CTBPRN: cortical columns, a thalamic router and a basal-ganglia controller, R replicas side by side.
+
+Every weight has a leading replica axis, and area weights an area axis behind it, so a layer is a handful of
+batched matrix products: no Python loop runs over replicas or areas. Letters: R replicas, B batch, K areas,
+T tokens, F input features, d width, r router rank, L layers, C classes.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ctbprn_lib import InputError
+
+
+def _linear(weight, x, bias=None):
+    """x (..., N, i), weight (..., o, i), bias (..., o) with equal leading axes -> (..., N, o): one batched product."""
+    lead, (n, i) = x.shape[:-2], x.shape[-2:]
+    o = weight.shape[-2]
+    x, weight = x.reshape(-1, n, i), weight.reshape(-1, o, i).mT
+    y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.reshape(-1, 1, o), x, weight)
+    return y.view(*lead, n, o)
+
+
+def _layer_norm(x, gain, bias):
+    """Layer norm over the last axis of x; gain and bias broadcast to it, so each replica and area has its own."""
+    return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=1e-5), gain)
+
+
+class Layer(nn.Module):
+    """One layer of MODEL equations 1-5: controller, router, two-compartment columns.
+
+    m_k = mean_T X_k;  h_k = GELU(P m_k + p);  l = H2 GELU(H1 LN([h_1 .. h_K]) + b1) + b2
+    alpha = softmax((l + g) / tau);  M = sum_k alpha_k X_k V_k U_k^T
+    b = GELU(W_b x), a = GELU(W_a M), gate = sigmoid(W_g [x; M] + beta), n = GELU(W_m1 b) * GELU(W_m2 a)
+    X_k <- LN(x + (1 - gate) * b + gate * n)
+    """
+
+    def __init__(self, R, K, d, r):
+        super().__init__()
+        shapes = {
+            "W_b": (R, K, d, d), "W_a": (R, K, d, d), "W_g": (R, K, d, 2 * d), "beta": (R, K, d),
+            "W_m1": (R, K, d, d), "W_m2": (R, K, d, d), "norm_gain": (R, K, d), "norm_bias": (R, K, d),
+            "U": (R, K, d, r), "V": (R, K, d, r), "P": (R, d, d), "p": (R, d),
+            "ctrl_gain": (R, K * d), "ctrl_bias": (R, K * d),
+            "H1": (R, 2 * d, K * d), "b1": (R, 2 * d), "H2": (R, K, 2 * d), "b2": (R, K),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def forward(self, x, token_weight, temperature, gumbel):
+        """x (R,K,B,T,d), token_weight (R,1,B,T) summing to 1 over T or None, gumbel (R,B,K) or None.
+
+        Returns the new x and the route logits (R,B,K).
+        """
+        R, K, B, T, d = x.shape
+        h = F.gelu(_linear(self.P, _token_mean(x, token_weight).view(R, K * B, d), self.p))
+        z = h.view(R, K, B, d).transpose(1, 2).reshape(R, B, K * d)
+        z = _layer_norm(z, self.ctrl_gain[:, None], self.ctrl_bias[:, None])
+        route = _linear(self.H2, F.gelu(_linear(self.H1, z, self.b1)), self.b2)  # (R,B,K)
+        alpha = ((route if gumbel is None else route + gumbel) / temperature.view(R, 1, 1)).softmax(-1)
+
+        x = x.view(R, K, B * T, d)
+        low = _linear(self.V.mT, x).view(R, K, B, T, -1) * alpha.transpose(1, 2)[..., None, None]  # alpha_k X_k V_k
+        low = low.permute(0, 2, 3, 1, 4).reshape(R, 1, B * T, -1)  # (R,1,BT,Kr): areas side by side
+        low = low.expand(R, K, -1, -1).contiguous()
+        # M = low [U_1 .. U_K]^T is never formed: W M = (W [U_1 .. U_K]) low^T, narrower where K r < d
+        from_m = torch.matmul(torch.cat([self.W_a, self.W_g[..., d:]], 2), self.U.transpose(1, 2).reshape(R, 1, d, -1))
+        W_a, W_gm = from_m.split(d, 2)
+
+        b = F.gelu(_linear(self.W_b, x))
+        a = F.gelu(_linear(W_a, low))
+        gate = _linear(self.W_g[..., :d], x, self.beta) + _linear(W_gm, low)
+        gate = gate.sigmoid()
+        n = F.gelu(_linear(self.W_m1, b)) * F.gelu(_linear(self.W_m2, a))
+        x = _layer_norm(x + torch.lerp(b, n, gate), self.norm_gain[:, :, None], self.norm_bias[:, :, None])
+        return x.view(R, K, B, T, d), route
+
+
+def _token_mean(x, token_weight):
+    """Mean over tokens: (R,K,B,T,d) -> (R,K,B,d); with unequal lengths over the tokens that exist."""
+    return x.mean(3) if token_weight is None else (x * token_weight[..., None]).sum(3)
+
+
+class CTBPRN(nn.Module):
+    """R replicas of one CTBPRN configuration; replica r starts from the values of seed[r] and learns alone.
+
+    n_features F, d width, rank r, n_areas K, n_layers L, n_classes C; temperature a float or one per replica;
+    stem: a Linear F -> d per area before the first layer (without it F must equal d, the original's network);
+    seed: R seeds, or one from which replica r takes seed + r.
+    Raises InputError for sizes that make no network.
+    """
+
+    def __init__(
+        self, n_features, d, rank, n_areas, n_layers=2, n_classes=2, temperature=1.0, n_replicas=1, stem=True, seed=0
+    ):
+        super().__init__()
+        sizes = dict(n_features=n_features, d=d, rank=rank, n_areas=n_areas, n_layers=n_layers, n_classes=n_classes)
+        self.config = sizes | dict(n_replicas=n_replicas, stem=bool(stem))
+        for name, value in self.config.items():
+            if not isinstance(value, int) or value < (name != "stem"):
+                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not stem and n_features != d:
+            raise InputError(f"without a stem n_features must equal d, got n_features {n_features} and d {d}")
+        R, K, C = n_replicas, n_areas, n_classes
+        tau = torch.as_tensor(temperature, dtype=torch.float32).expand(R).clone()
+        if not (tau > 0).all():
+            raise InputError(f"temperature must be above 0, got {temperature}")
+        self.register_buffer("temperature", tau)
+        if stem:
+            self.stem_weight = nn.Parameter(torch.zeros(R, K, d, n_features))
+            self.stem_bias = nn.Parameter(torch.zeros(R, K, d))
+        self.layers = nn.ModuleList(Layer(R, K, d, rank) for _ in range(n_layers))
+        self.head_gain = nn.Parameter(torch.zeros(R, K * d))
+        self.head_bias = nn.Parameter(torch.zeros(R, K * d))
+        self.head_weight = nn.Parameter(torch.zeros(R, C, K * d))
+        self.head_c = nn.Parameter(torch.zeros(R, C))
+        seeds = [seed + r for r in range(R)] if isinstance(seed, int) else list(seed)
+        if len(seeds) != R:
+            raise InputError(f"seed must be one number or {R}, one a replica, got {len(seeds)}")
+        with torch.random.fork_rng(devices=[]):
+            for r, s in enumerate(seeds):
+                torch.manual_seed(s)
+                self._set_replica(r, draw_initial_values(self.config))
+
+    def forward(self, x, gumbel=None, mask=None):
+        """Class logits and route logits.
+
+        x (R,B,K,T,F) (a view of (R,K,B,T,F) memory saves a copy); gumbel (R,L,B,K), or None for the noise-free gate;
+        mask (R,B,T), True where a token exists, or None.  Returns logits (R,B,C) and route_logits (R,L,B,K).
+        """
+        R, B, K, T, n_features = x.shape
+        if (R, K, n_features) != tuple(self.config[k] for k in ("n_replicas", "n_areas", "n_features")):
+            raise InputError(f"x must be (R,B,K,T,F) for {self.config}, got {tuple(x.shape)}")
+        token_weight = None if mask is None else (mask / mask.sum(-1, keepdim=True))[:, None].to(x.dtype)
+        x = x.transpose(1, 2)
+        if self.config["stem"]:
+            x = _linear(self.stem_weight, x.reshape(R, K, B * T, n_features), self.stem_bias)
+        x = x.reshape(R, K, B, T, -1).contiguous()
+        routes = []
+        for i, layer in enumerate(self.layers):
+            x, route = layer(x, token_weight, self.temperature, None if gumbel is None else gumbel[:, i])
+            routes.append(route)
+        f = _token_mean(x, token_weight).transpose(1, 2).reshape(R, B, -1)
+        f = F.gelu(_layer_norm(f, self.head_gain[:, None], self.head_bias[:, None]))
+        return _linear(self.head_weight, f, self.head_c), torch.stack(routes, 1)
+
+    @classmethod
+    def from_reference(cls, params, temperature):
+        """One replica without a stem from arrays under the original's names, with or without "param." before them."""
+        prefix = "param." if any(name.startswith("param.") for name in params) else ""
+        params = {n.removeprefix(prefix): torch.as_tensor(a) for n, a in params.items() if n.startswith(prefix)}
+        n_layers = 1 + max(int(name.split(".")[1]) for name in params if name.startswith("steps."))
+        K, d, r = params["steps.0.router.U"].shape
+        model = cls(d, d, r, K, n_layers, params["head.2.weight"].shape[0], temperature, stem=False)
+        model._set_replica(0, params)
+        return model
+
+    def reference_names(self):
+        """Pairs (the original's name, place): place is (parameter name, index behind the replica axis)."""
+        column = {"W_b": "W_b.weight", "W_a": "W_a.weight", "W_g": "W_g.weight", "beta": "W_g.bias",
+                  "W_m1": "W_m1.weight", "W_m2": "W_m2.weight",
+                  "norm_gain": "norm.weight", "norm_bias": "norm.bias"}  # fmt: skip
+        shared = {"U": "router.U", "V": "router.V", "P": "ctrl.proj.weight", "p": "ctrl.proj.bias",
+                  "ctrl_gain": "ctrl.head.0.weight", "ctrl_bias": "ctrl.head.0.bias", "H1": "ctrl.head.1.weight",
+                  "b1": "ctrl.head.1.bias", "H2": "ctrl.head.3.weight", "b2": "ctrl.head.3.bias"}  # fmt: skip
+        head = {"head_gain": "head.0.weight", "head_bias": "head.0.bias", "head_weight": "head.2.weight",
+                "head_c": "head.2.bias"}  # fmt: skip
+        stem = {"stem_weight": "stem.{k}.weight", "stem_bias": "stem.{k}.bias"} if self.config["stem"] else {}
+        areas = range(self.config["n_areas"])
+        yield from ((theirs, (ours, ...)) for ours, theirs in head.items())
+        yield from ((theirs.format(k=k), (ours, k)) for ours, theirs in stem.items() for k in areas)
+        for i in range(self.config["n_layers"]):
+            yield from ((f"steps.{i}.{theirs}", (f"layers.{i}.{ours}", ...)) for ours, theirs in shared.items())
+            for k in areas:
+                yield from (
+                    (f"steps.{i}.columns.{k}.{theirs}", (f"layers.{i}.{ours}", k)) for ours, theirs in column.items()
+                )
+
+    @torch.no_grad()
+    def _set_replica(self, r, values):
+        for theirs, (ours, index) in self.reference_names():
+            self.get_parameter(ours)[r][index].copy_(values[theirs])
+
+    @torch.no_grad()
+    def replica(self, r):
+        """Replica r as a network of its own (R = 1)."""
+        alone = CTBPRN(**self.config | {"n_replicas": 1})
+        for ours, theirs in zip(alone.state_dict().values(), self.state_dict().values(), strict=True):
+            ours.copy_(theirs[r : r + 1])
+        return alone
+
+    def save(self, path):
+        """Write weights, configuration and a SHA-256 of the weights to a safetensors file."""
+        from safetensors.torch import save_file
+
+        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        metadata = {"ctbprn": json.dumps(self.config), "sha256": _sha256(state)}
+        save_file(state, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path):
+        """Read a model that save wrote.  Raises InputError naming the file and what is wrong with it."""
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"{path}: there is no such file")
+        try:
+            with safe_open(str(path), "pt") as file:
+                metadata = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+        if not {"ctbprn", "sha256"} <= set(metadata):
+            raise InputError(f"{path}: a safetensors file, but not one that CTBPRN.save wrote")
+        if _sha256(state) != metadata["sha256"]:
+            raise InputError(f"{path}: the weights do not match their SHA-256; the file is damaged")
+        try:
+            model = cls(**json.loads(metadata["ctbprn"]))
+            model.load_state_dict(state)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise InputError(f"{path}: the configuration does not fit the weights ({error})") from None
+        return model
+
+
+def _sha256(state):
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(f"{name} {tuple(state[name].shape)} {state[name].dtype}".encode())
+        digest.update(state[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def draw_initial_values(config):
+    """One replica's initial values under the original's names, from torch's CPU state, in MODEL section 2's order.
+
+    The stem, which the original has not, is semi-orthogonal (Saxe et al., 2014): the first layer sees the input's
+    geometry and variance as it would without one.
+    """
+    K, d, r = config["n_areas"], config["d"], config["rank"]
+    values = {}
+
+    def linear(name, n_in, n_out, bias=True):
+        values.update({f"{name}.{key}": value for key, value in nn.Linear(n_in, n_out, bias=bias).state_dict().items()})
+
+    def norm(name, size):
+        values.update({f"{name}.weight": torch.ones(size), f"{name}.bias": torch.zeros(size)})
+
+    for i in range(config["n_layers"]):
+        for k in range(K):
+            column = f"steps.{i}.columns.{k}"
+            for name in ("W_b", "W_a", "W_g", "W_m1", "W_m2"):
+                linear(f"{column}.{name}", d * (1 + (name == "W_g")), d, bias=name == "W_g")
+            for name in ("W_b", "W_a", "W_m1", "W_m2"):
+                nn.init.xavier_uniform_(values[f"{column}.{name}.weight"], gain=0.8)
+            nn.init.xavier_uniform_(values[f"{column}.W_g.weight"], gain=0.2)
+            norm(f"{column}.norm", d)
+        for name in ("U", "V"):
+            values[f"steps.{i}.router.{name}"] = torch.randn(K, d, r) * d**-0.5
+        linear(f"steps.{i}.ctrl.proj", d, d)
+        norm(f"steps.{i}.ctrl.head.0", K * d)
+        linear(f"steps.{i}.ctrl.head.1", K * d, 2 * d)
+        linear(f"steps.{i}.ctrl.head.3", 2 * d, K)
+    norm("head.0", K * d)
+    linear("head.2", K * d, config["n_classes"])
+    if config["stem"]:  # drawn last, so that a network without a stem has the golden files' values
+        scale = max(1, d / config["n_features"]) ** 0.5  # a channel keeps the variance of the input
+        for k in range(K):
+            weight = nn.init.orthogonal_(torch.empty(d, config["n_features"]), gain=scale)
+            values |= {f"stem.{k}.weight": weight, f"stem.{k}.bias": torch.zeros(d)}
+    return values

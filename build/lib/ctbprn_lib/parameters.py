@@ -1,0 +1,89 @@
+"""Checks a notebook's parameters before anything is trained.
+
+papermill accepts any name and keeps "false" as text, so the cell after the parameters calls check(globals()).
+"""
+
+import ast
+import difflib
+import platform
+
+import optuna
+import torch
+
+from ctbprn_lib import InputError, __version__
+from ctbprn_lib.search import OBJECTIVES, PRUNERS, SAMPLERS, commit, device_name, storage_url, study_folder
+from ctbprn_lib.train import PRECISIONS, resolve_device
+
+AT_LEAST_ONE = {"n_trials", "n_steps", "n_replicas", "d", "rank", "batch_size", "n_samples", "max_steps", "n_top"}
+AT_LEAST_ONE |= {"n_test"}
+AT_LEAST_TWO = {"n_seeds", "n_fresh_seeds", "n_spread_seeds", "n_curve_seeds"}  # an interval needs two
+ABOVE_ZERO = {"lr", "temperature"}
+CHOICES = {
+    "protocol": ("replicated",),
+    "objective": tuple(OBJECTIVES),
+    "sampler": tuple(SAMPLERS),
+    "pruner": tuple(PRUNERS),
+    "precision": PRECISIONS,
+}
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def check(namespace):
+    """Check the parameters of the notebook whose globals() these are, and print what will run.
+
+    What a parameter may be follows from the parameters cell itself: its name and its annotation there.
+    Raises InputError that names the parameter, what it may be and, for an unknown one, the nearest name.
+    """
+    known = {name: kind for name, kind in namespace["__annotations__"].items() if kind in KINDS}
+    for name in _injected(namespace.get("In", ())):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise InputError(f"there is no parameter {name!r}{hint} The parameters are {', '.join(known)}")
+    for name, kind in known.items():
+        if name not in namespace:
+            raise InputError(f"the parameter {name} is missing; it must be {KINDS[kind]}")
+        _check_value(name, namespace[name], kind)
+    values = {name: namespace[name] for name in known}
+    where = device_name(resolve_device(values.get("device", "auto")))
+    for name, value in values.items():
+        print(f"{name:>14} = {value!r}")
+    versions = f"torch {torch.__version__}, optuna {optuna.__version__}, Python {platform.python_version()}"
+    print(f"\nctbprn {__version__} at commit {commit()}; {versions}; {where}")
+
+
+def _check_value(name, value, kind):
+    def refuse(expected):
+        raise InputError(f"{name} must be {expected}, got {value!r}")
+
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        refuse(KINDS[kind])
+    if name in CHOICES and value not in CHOICES[name]:
+        near = difflib.get_close_matches(value, CHOICES[name], 1, 0.5)
+        refuse(f"one of {', '.join(CHOICES[name])}" + (f" (did you mean {near[0]}?)" if near else ""))
+    if name in AT_LEAST_ONE and value < 1:
+        refuse(f"{KINDS[kind]} of at least 1")
+    if name in AT_LEAST_TWO and value < 2:
+        refuse(f"{KINDS[kind]} of at least 2")
+    if name in ABOVE_ZERO and not 0 < value < float("inf"):
+        refuse("a number above 0")
+    if name == "seq_len" and value < 0:
+        refuse("a whole number above 0, or 0 for all tokens")
+    if name == "seed" and not 0 <= value < 2**32:
+        refuse("a whole number from 0 to 2**32 - 1")
+    if name in ("study_name", "tested_by") and value:
+        study_folder(value)
+    if name == "storage":
+        storage_url("any", value)
+    if name == "device":
+        resolve_device(value)
+
+
+def _injected(cells):
+    """Names that papermill's injected cell assigns; refuses anything there that is not a plain assignment."""
+    source = next((cell for cell in reversed(cells) if cell.startswith("# Parameters\n")), "")
+    for statement in ast.parse(source).body:
+        if not (isinstance(statement, ast.Assign) and all(isinstance(t, ast.Name) for t in statement.targets)):
+            raise InputError(f"a parameter is a name and a value, got {ast.unparse(statement)!r}")
+        yield from (target.id for target in statement.targets)

@@ -1,0 +1,344 @@
+"""From a study's record to the pieces of its report: Markdown whose every number is the record's, formatted once."""
+
+import math
+import pickle
+import re
+
+import numpy as np
+import optuna
+import pandas as pd
+
+from ctbprn_lib import InputError, evidence
+from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO, edge, load_study, records, study_folder
+
+NAMES = {
+    "lr": "Learning rate",
+    "d": "Model dimension (d)",
+    "rank": "Router rank",
+    "temperature": "Temperature",
+    "batch_size": "Batch size",
+    "seq_len": "Sequence length",
+    "n_layers": "Layers",
+}
+
+
+def accuracy(row):
+    """Accuracy with its interval, in per cent."""
+    return _with_interval(row, "val_accuracy", 100, ".1f", " %")
+
+
+def ce(row):
+    """Cross-entropy with its interval, in nats."""
+    return _with_interval(row, "val_ce", 1, ".3f", "")
+
+
+def percent(interval):
+    """(mean, low, high) as shares, in per cent."""
+    return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * x for x in interval))
+
+
+def nats(interval):
+    """(mean, low, high) of a cross-entropy."""
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*interval)
+
+
+def number(x, digits):
+    """x with that many digits after the point, halves away from zero, as the original printed 0.78125 as 0.7813."""
+    return f"{x + math.copysign(1e-9, x):.{digits}f}"
+
+
+def value(name, x):
+    """A hyperparameter as people read it."""
+    if x is None or (isinstance(x, float) and math.isnan(x)):
+        return "–"
+    if name == "lr":
+        return f"{x:.2g}" if x < 1e-3 else f"{x:.5f}".rstrip("0")
+    return f"{x:.2f}" if name == "temperature" else f"{x:g}"
+
+
+def table(header, rows):
+    """A Markdown table; rows hold cells that are Markdown already."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def sections(production, further, memory):
+    """The three lists of recommendations under the original's headings."""
+    titles = ("For Production Use", "For Further Optimization", "Memory Considerations")
+    lists = ("\n".join(f"- {line}" for line in lines) for lines in (production, further, memory))
+    return "\n\n".join(f"### {title}\n{lines}" for title, lines in zip(titles, lists, strict=True))
+
+
+def escape(text):
+    """Text from outside as Markdown and HTML both show it literally, on one line."""
+    text = "".join(c if c.isprintable() else "�" for c in str(text))
+    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", lambda m: f"&#{ord(m[0])};", text)
+
+
+class Report:
+    """A study's record, read once, and the report's sections made from it; findings.py has the confirmed one."""
+
+    confirmed = False
+
+    def __init__(self, study_name, storage=""):
+        self.study = load_study(study_name, storage)
+        self.name, self.folder = study_name, study_folder(study_name)
+        self.asked = self.study.user_attrs["fingerprint"]
+        self.budget, self.space, self.task = self.asked["budget"], self.asked["space"], self.asked["task"]
+        self.score = "val_accuracy" if self.asked["objective"] == "val_accuracy" else "val_ce"
+        how = self.study.user_attrs.get("how", {})
+        self.asked_how = ", ".join(f"{key} {how[key]}" for key in ("sampler", "pruner") if key in how) or "TPE"
+        self.baselines = self.study.user_attrs.get("baselines", {})
+        self.names = [name for name in HYPERPARAMETERS if name in self.space]
+        self.trials = records(self.study)
+        self.complete = self.trials[self.trials["state"] == "complete"].reset_index(drop=True)
+        if self.complete.empty:
+            reasons = set(self.trials["failure"]) - {""}
+            raise InputError(
+                f"study {study_name!r} has no complete trial" + (f": {'; '.join(reasons)}" if reasons else "")
+            )
+        self.n_validation = min(self.task.get("n_samples", {}).get("validation", math.inf), self.budget["n_validation"])
+        self.by_accuracy = self.complete.sort_values(["val_accuracy", "val_ce"], ascending=[False, True]).iloc[0]
+        self.by_ce = self.complete.loc[self.complete["val_ce"].idxmin()]
+        replicas = [f"val_ce_{r}" for r in range(self.budget["n_replicas"])]
+        known = self.complete[replicas].astype(float).to_numpy()
+        # a replica that diverged counts as knowing nothing, as it does in the trial's own score
+        known = np.where(np.isfinite(known), known, math.log(self.task.get("n_classes", 2)))
+        best = int(self.by_ce.name)
+        self.level = [best] if known.shape[1] < 2 else evidence.like_the_best(known, best)
+        # pruned trials count too, or the trends would be those of the survivors; the longer one was let run the better
+        ended = self.trials[self.trials["state"].isin(["complete", "pruned"])]
+        ended = ended.sort_values(["n_steps", "val_ce"], ascending=[False, True])
+        self.ended = ended.assign(standing=range(len(ended)))
+        self.trends = evidence.trends(self.ended, self.names, "standing").set_index("hyperparameter")
+
+    def summary(self, confirmed=False):
+        counts = self.trials["state"].value_counts()
+        states = ", ".join(f"{counts[s]} {s}" for s in ("complete", "pruned", "fail", "running") if s in counts)
+        return (
+            f"> Which hyperparameters of CTBPRN are best on **{escape(self.task['task'])}**? {len(self.trials)} trials "
+            f"({states}), each {self.budget['n_replicas']} trainings (replicas) of {self.budget['n_steps']} "
+            "steps; scores are means over replicas on held-out data, with 95 % intervals."
+            + ("" if confirmed else " They are tuning scores: the best of many is partly luck, and none has been "
+               "trained again on fresh seeds.")
+        )  # fmt: skip
+
+    def best_parameters(self):
+        parts = []
+        for title, row in (("Best Validation Accuracy", self.by_accuracy), ("Best CE Loss", self.by_ce)):
+            lines = [f"### For {title} (trial {row['trial']})", f"- **Validation accuracy**: {accuracy(row)}",
+                     f"- **Validation CE**: {ce(row)} nats"]  # fmt: skip
+            lines += [f"- **{NAMES[name]}**: {value(name, row[name])}" for name in self.names]
+            parts.append("\n".join(lines))
+        return "\n\n".join(parts)
+
+    def all_trials(self):
+        names = [NAMES[n].replace("Model dimension (d)", "Dim (d)") for n in self.names]
+        header = ["Trial", "Val accuracy (%)", "Val CE (nats)", *names, "Time (s)", "State"]
+        ordered = self.trials.sort_values(["state", "val_ce"])
+        rows = [
+            [row["trial"], accuracy(row).replace(" %", ""), ce(row), *(value(n, row[n]) for n in self.names),
+             f"{row['train_seconds']:.0f}" if row["train_seconds"] >= 0 else "–", row["state"]]
+            for _, row in ordered.iterrows()
+        ]  # fmt: skip
+        notes = "Complete trials by CE; a pruned trial shows its score when it was stopped."
+        failures = [
+            f"Trial {r['trial']} failed: {escape(r['failure'])}." for _, r in self.trials.iterrows() if r["failure"]
+        ]
+        diverged = self.trials[self.trials["n_diverged"] > 0]
+        if len(diverged):
+            failures.append(
+                f"Replicas diverged in trials {', '.join(map(str, diverged['trial']))}; each counts as chance there."
+            )
+        return "\n\n".join([table(header, rows), " ".join([notes, *failures])])
+
+    def confirmed_results(self):
+        return "No configuration has been trained again yet; `notebooks/confirm.ipynb` does that."
+
+    ablation = claims = confirmed_results
+
+    def key_findings(self):
+        """Numbered findings, each with its test; where the trials do not decide, it says so."""
+        best, rest = self.by_ce, [self.complete.loc[i] for i in self.level[1:]]
+        findings = [
+            f"**The best trial is number {best['trial']} by CE** ({ce(best)} nats, accuracy {accuracy(best)})"
+            + (" and by accuracy." if best["trial"] == self.by_accuracy["trial"] else
+               f"; by accuracy it is number {self.by_accuracy['trial']} ({accuracy(self.by_accuracy)}).")
+        ]  # fmt: skip
+        if len(self.complete) > 1:
+            findings.append(
+                f"**{len(rest)} of the {len(self.complete) - 1} other complete trials cannot be told from it** by CE "
+                f"(Welch's test on {self.budget['n_replicas']} replicas a trial, Holm-adjusted, 5 %)"
+                + (f": {', '.join(str(r['trial']) for r in rest)}." if rest else ".")
+            )
+        for rule, article in (("linear rule", "the "), ("chance", "")):
+            if rule in self.baselines:
+                level, row, n = self.baselines[rule], self.by_accuracy, self.n_validation
+                low, high = evidence.sample_interval(row["val_accuracy"], n)
+                ends = np.array([[low, high], [row["val_accuracy_low"], row["val_accuracy_high"]]])
+                apart = "above" if (level < ends).all() else "below" if (level > ends).all() else ""
+                findings.append(
+                    f"**The best accuracy is {apart or 'not distinguishable from'} {article}{rule}**, which scores "
+                    f"{100 * level:.1f} % on test samples: the trial scores {accuracy(row)} over replicas, and {n:,} "
+                    f"validation samples leave it [{100 * low:.1f}, {100 * high:.1f}]. Being the best of "
+                    f"{len(self.complete)} complete trials, it needs confirming."
+                )
+                break
+        for name, row in self.trends.iterrows():
+            if self._decided(row):
+                word = "larger" if row["rho"] < 0 else "smaller"
+                findings.append(
+                    f"**{NAMES[name]}: {word} values go with better trials** (Spearman ρ = {row['rho']:+.2f} with the "
+                    f"trial's rank, {row['n']:.0f} trials, Holm-adjusted p {_p(row['p_holm'])})."
+                )
+        undecided = [NAMES[name] for name, row in self.trends.iterrows() if not self._decided(row)]
+        if undecided:
+            findings.append(f"**No trend is shown by these trials for**: {', '.join(undecided)}.")
+        return "\n".join(f"{i}. {finding}" for i, finding in enumerate(findings, 1))
+
+    def recommendations(self):
+        best = self.by_ce
+        settings = ", ".join(f"{name} {value(name, best[name])}" for name in self.names)
+        production = [
+            f"Start from trial {best['trial']}: {settings}. Train it again on fresh seeds before relying on its score."
+        ]
+        # parameters × tokens a step: unlike seconds, it does not depend on what else the machine was doing
+        cost = self.complete["n_parameters"] * self.complete["batch_size"] * self.complete["seq_len"]
+        cheapest = cost[self.level].idxmin()
+        if cost[cheapest] < 0.9 * cost[best.name]:
+            production.append(
+                f"Trial {self.complete.loc[cheapest, 'trial']} cannot be told from it by CE and costs "
+                f"{100 * cost[cheapest] / cost[best.name]:.0f} % as much arithmetic a step (parameters × tokens)."
+            )
+        further = [
+            f"{NAMES[name]}: the best value, {value(name, best[name])}, lies at the {end} end of its range; extend it."
+            for name in self.names
+            if self._decided(self.trends.loc[name])
+            and (end := self._edge(name, best)) == ("upper" if self.trends.loc[name, "rho"] < 0 else "lower")
+        ]
+        undecided = [NAMES[n] for n, row in self.trends.iterrows() if not self._decided(row)]
+        further = further or ["No decided trend runs into the end of a range, so none is extended on this evidence."]
+        if undecided:
+            further.append(f"Not decided here, so nothing is recommended: {', '.join(undecided)}.")
+        largest = self.complete.loc[self.complete["peak_mem_mib"].idxmax()]
+        shape = ", ".join(f"{n} {value(n, largest[n])}" for n in ("d", "batch_size", "seq_len"))
+        memory = [
+            f"Peak memory of {self.budget['n_replicas']} replicas trained together ran from "
+            f"{self.complete['peak_mem_mib'].min():.0f} to {largest['peak_mem_mib']:.0f} MiB "
+            f"(trial {largest['trial']}, {shape}); "
+            f"trial {best['trial']} took {best['peak_mem_mib']:.0f} MiB."
+        ]
+        return sections(production, further, memory)
+
+    def measured(self):
+        b = self.budget
+        device, precision = (", ".join(sorted(set(self.complete[name]))) for name in ("device", "precision"))
+        sampled = "`" + "`, `".join(f"{name}: {span(self.space[name])}" for name in self.names) + "`"
+        return (
+            f"- **Task**: {escape(self.task['task'])}, {self.task['n_areas']} areas × {self.task['n_tokens']} tokens × "
+            f"{self.task['n_features']} features. It is the same for all trials: `seq_len` is how many of the first "
+            "tokens the network sees, while the label comes from all of them.\n"
+            f"- **Space**: {sampled}.\n"
+            f"- **A trial** is {b['n_replicas']} replicas with their own initial values, batches and noise, trained "
+            f"together for {b['n_steps']} steps (AdamW, {b['schedule'].replace('_', '-')} rate, gradient norm at "
+            f"most {b['clip']:g} a replica, precision {precision or 'fp32'}) on {escape(device)}.\n"
+            f"- **A score** is the mean over replicas on {self.n_validation:,} validation samples that no training "
+            "batch holds, without gate noise, after the last step. The interval is Student's t over replicas: the seed "
+            "is the unit of replication, not the sample. CE is in nats.\n"
+            f"- **The search** ({self.asked_how}) asks for the best `{self.asked['objective']}` on the validation set. "
+            "A trial's rank: complete trials by CE, then pruned ones by how long they were let run and by CE. The "
+            "trials are what the sampler tried, not an experiment on one hyperparameter at a time."
+        )
+
+    def undecided(self):
+        lines = [
+            f"{NAMES[name]}: Spearman ρ with the rank {row['rho']:+.2f}, Holm-adjusted p {_p(row['p_holm'])}."
+            for name, row in self.trends.iterrows()
+            if not self._decided(row) and np.isfinite(row["rho"])
+        ]
+        lines.append(
+            "Whether the best trial stays best on fresh seeds and on test samples: no trial has been trained again."
+        )
+        if self.level[1:]:
+            lines.append(
+                f"Which of {len(self.level)} trials is best: their intervals over replicas do not separate them."
+            )
+        return "\n".join(f"- {line}" for line in lines)
+
+    def reproduce(self):
+        t = self.complete
+        b, q = self.budget, self.asked
+        command = (
+            f"papermill notebooks/tune.ipynb runs/tune.ipynb -p study_name again -p task {self.task['task']} "
+            f"-p n_trials {int(self.trials['state'].isin(['complete', 'pruned']).sum())} -p n_steps {b['n_steps']} "
+            f"-p n_replicas {b['n_replicas']} -p objective {q['objective']} -p seed {q['seed']} "
+            f"-p precision {b['precision']}"
+        )
+        names = {"commit": "commit", "torch": "torch", "Optuna": "optuna", "Python": "python", "device": "device"}
+        used = "; ".join(f"{name} {', '.join(sorted(set(map(str, t[key]))))}" for name, key in names.items())
+        minutes = self.trials["train_seconds"].sum() / 60
+        return f"- {escape(used)}.\n- Training and scoring took {minutes:.1f} minutes.\n\n```\n{command}\n```"
+
+    def curves(self, name):
+        """(steps, {label: (evaluations, R)}) of the two best and the two worst complete trials by CE."""
+        ordered = self.complete.sort_values("val_ce")["trial"].tolist()
+        chosen = dict.fromkeys(ordered[:2] + ordered[-2:])
+        kept = {number: self.study.trials[number].user_attrs for number in chosen}
+        steps = next(iter(kept.values()))["steps"]
+        return steps, {f"trial {number}": np.array(k["curves"][name], dtype=float) for number, k in kept.items()}
+
+    def running_best(self):
+        """(trials,) the best score of the complete trials so far, NaN before the first."""
+        score = self.trials[self.score].where(self.trials["state"] == "complete")
+        return (score.cummax() if self.score == "val_accuracy" else score.cummin()).ffill().to_numpy()
+
+    def importance(self):
+        """evidence.importance over the finished trials, ranked as their standing; empty for fewer than ten."""
+        if len(self.ended) < 10 or self.ended[PLACEBO].isna().any():  # early studies drew no placebo
+            return pd.DataFrame(columns=["name", "importance", "low", "high", "beats_placebo"])
+        return evidence.importance([self.study.trials[i] for i in self.ended["trial"]], self.ended["standing"])
+
+    def raw_data(self):
+        """Write the CSV and the pickled study beside the database, and list them."""
+        studies = self.folder / "optuna_studies"
+        studies.mkdir(parents=True, exist_ok=True)
+        self.trials.to_csv(self.folder / "optuna_results_detailed.csv", index=False)
+        memory = optuna.storages.InMemoryStorage()  # the pickle holds the trials, not the way to a database
+        optuna.copy_study(from_study_name=self.name, from_storage=self.study._storage, to_storage=memory)
+        with open(studies / "ctbprn_study.pkl", "wb") as file:
+            pickle.dump(optuna.load_study(study_name=self.name, storage=memory), file)
+        lines = [
+            "- Complete trial data: [`optuna_results_detailed.csv`](optuna_results_detailed.csv)",
+            "- Optuna study: [`optuna_studies/ctbprn_study.pkl`](optuna_studies/ctbprn_study.pkl) (a pickle runs code "
+            "when it is loaded: open only one you trust; this project never reads it)",
+        ]
+        if (studies / "ctbprn_study.db").exists():
+            lines.append("- Database: [`optuna_studies/ctbprn_study.db`](optuna_studies/ctbprn_study.db) (SQLite)")
+        return "\n".join(lines)
+
+    def _decided(self, row):
+        return bool(row["p_holm"] < 0.05)
+
+    def _edge(self, name, best):
+        there_are_no_more_tokens = name == "seq_len" and best[name] >= self.task["n_tokens"]
+        return "" if there_are_no_more_tokens else edge(self.space[name], best[name])
+
+
+def _with_interval(row, name, scale, form, unit):
+    if math.isnan(row[name]):
+        return "–"
+    if math.isnan(row[f"{name}_low"]):
+        return f"{scale * row[name]:{form}}{unit}"
+    low, high = scale * row[f"{name}_low"], scale * row[f"{name}_high"]
+    return f"{scale * row[name]:{form}}{unit} [{low:{form}}, {high:{form}}]"
+
+
+def _p(p):
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+def span(entry):
+    """A hyperparameter's levels or range, as people read them."""
+    if isinstance(entry, list):
+        return ", ".join(f"{x:g}" for x in entry)
+    return f"{entry['low']:g} to {entry['high']:g}" + (" (log)" if entry.get("log") else "")

@@ -1,0 +1,345 @@
+"""The space, the objective, the study and its records.
+
+A study is a database: each trial holds its hyperparameters, every replica's score, its cost and where it came from.
+The study itself holds a fingerprint of what its trials have in common, so that two different questions never mix.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pandas as pd
+import torch
+import yaml
+
+from ctbprn_lib import InputError, __version__
+from ctbprn_lib.evidence import mean_interval
+from ctbprn_lib.train import Hyperparameters, fit
+
+REPORTS = Path(__file__).resolve().parent.parent / "reports"
+OBJECTIVES = {"val_ce": ["minimize"], "val_accuracy": ["maximize"], "both": ["minimize", "maximize"]}
+SAMPLERS = {
+    "tpe": optuna.samplers.TPESampler,
+    "random": optuna.samplers.RandomSampler,
+    "nsga2": optuna.samplers.NSGAIISampler,
+}
+PRUNERS = {
+    "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+    "hyperband": optuna.pruners.HyperbandPruner,
+    "none": optuna.pruners.NopPruner,
+}
+PLACEBO = "placebo"  # drawn for every trial and used for nothing: what importance looks like where there is none
+TUNING = 0  # first spawn key of a trial's SeedSequence: seeds of one purpose never serve another
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+FINISHED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+ORIGIN = ("device", "precision", "torch", "optuna", "python", "commit")
+HYPERPARAMETERS = [f.name for f in fields(Hyperparameters)]
+
+
+class TrialFailed(Exception):
+    """A trial that gives no score; the reason is kept with the trial."""
+
+
+def default_space(task):
+    """The published space; seq_len is a quarter, half and all of the task's tokens (32, 64, 128 there)."""
+    return {
+        "lr": {"low": 1e-4, "high": 1e-2, "log": True},
+        "d": [32, 64, 96],
+        "rank": [4, 8, 16],
+        "temperature": {"low": 0.5, "high": 2.0},
+        "batch_size": [8, 16, 32],
+        "seq_len": sorted({max(1, task.n_tokens // 4), max(1, task.n_tokens // 2), task.n_tokens}),
+    }
+
+
+def load_space(path, task):
+    """A space from a YAML file over the default one: {name: [levels]}, {name: {low, high, log}} or {name: value}.
+
+    Raises InputError that names the file, the hyperparameter and what was expected.
+    """
+    path = Path(path)
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
+    if not isinstance(given, dict) or not given:
+        raise InputError(f"{path}: expected hyperparameters and their ranges, such as 'd: [32, 64]'")
+    space = default_space(task)
+    for name, entry in given.items():
+
+        def refuse(what, name=name):
+            raise InputError(f"{path}: {name}: {what}")
+
+        if name not in HYPERPARAMETERS:
+            refuse(f"not a hyperparameter; they are {', '.join(HYPERPARAMETERS)}")
+        if isinstance(entry, dict):
+            if not {"low", "high"} <= set(entry) <= {"low", "high", "log"}:
+                refuse("a range has low, high and optionally log")
+            if not isinstance(entry.get("log", False), bool):
+                refuse(f"log must be true or false, got {entry['log']!r}")
+            levels = [entry["low"], entry["high"]]
+        else:
+            levels = entry = entry if isinstance(entry, list) else [entry]
+            if not levels or any(levels.count(level) > 1 for level in levels):
+                refuse("expected at least one level, each once")
+        for level in levels:
+            try:
+                Hyperparameters(**{name: level})
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
+            if not math.isfinite(level) or (name == "seq_len" and level > task.n_tokens):
+                refuse(f"{level} is out of reach" + (f": the task has {task.n_tokens} tokens" * (name == "seq_len")))
+        if isinstance(entry, dict) and entry["low"] >= entry["high"]:
+            refuse(f"low must be below high, got {entry['low']} and {entry['high']}")
+        space[name] = entry
+    return space
+
+
+def suggest(trial, space):
+    """Hyperparameters for one trial."""
+    values = {}
+    for name, entry in space.items():
+        if isinstance(entry, list):
+            values[name] = trial.suggest_categorical(name, entry)
+        else:
+            whole = isinstance(entry["low"], int) and isinstance(getattr(Hyperparameters, name), int)
+            suggest_one = trial.suggest_int if whole else trial.suggest_float
+            values[name] = suggest_one(name, entry["low"], entry["high"], log=entry.get("log", False))
+    return Hyperparameters(**values)
+
+
+def edge(entry, best):
+    """ "lower" or "upper" if best lies in the outer twentieth of a range, or on the first or last of several levels."""
+    if isinstance(entry, list):
+        ends = (min(entry), max(entry)) if len(entry) > 1 else ()
+        return "" if best not in ends else "lower" if best == ends[0] else "upper"
+    scale = math.log if entry.get("log") else float
+    at = (scale(best) - scale(entry["low"])) / (scale(entry["high"]) - scale(entry["low"]))
+    return "lower" if at < 0.05 else "upper" if at > 0.95 else ""
+
+
+def study_name_for(task):
+    """A study name made from the task's: "uea:BasicMotions" gives uea-BasicMotions."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", task.description["task"].removesuffix(".npz")).strip("-._")[:64] or "study"
+
+
+def study_folder(name):
+    """reports/<name>; the name is confined to letters, digits, dot, dash and underscore."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise InputError(
+            f"study_name must be 1 to 64 of a-z, A-Z, 0-9, '.', '_' and '-', not beginning with a sign, got {name!r}"
+        )
+    return REPORTS / name
+
+
+def storage_url(name, storage=""):
+    """Where a study is kept: storage, else the variable CTBPRN_STORAGE, else SQLite in the study's own folder."""
+    if re.search(r"://[^/@]*:[^/@]*@", storage):
+        raise InputError(
+            "storage holds a password, which would be published with the notebook; "
+            "put the URL into the variable CTBPRN_STORAGE or the password into ~/.pgpass"
+        )
+    storage = storage or os.environ.get("CTBPRN_STORAGE", "")
+    return storage or f"sqlite:///{study_folder(name) / 'optuna_studies' / 'ctbprn_study.db'}"
+
+
+def open_study(name, storage="", *, task, space, budget, objective="val_ce", sampler="tpe", pruner="median", seed=0):
+    """Create the study, or load it to go on.
+
+    Raises InputError where the study in the storage asked another question (task, space, budget or objective), and
+    says what differs.
+    """
+    if objective == "both" and pruner != "none":
+        raise InputError("objective both (a Pareto front) cannot be pruned; give pruner none with it")
+    fingerprint = dict(protocol="replicated", task=task.description, space=space, budget=asdict(budget))
+    fingerprint = json.loads(json.dumps(fingerprint | dict(objective=objective, seed=seed)))
+    url = storage_url(name, storage)
+    if url.startswith("sqlite:///"):
+        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        study_name=name, storage=url, directions=OBJECTIVES[objective], pruner=PRUNERS[pruner](), load_if_exists=True
+    )
+    kept = study.user_attrs.get("fingerprint")
+    if kept is None and not study.trials:
+        study.set_user_attr("baselines", task.baselines())
+        study.set_user_attr("fingerprint", fingerprint)
+    elif kept != fingerprint:
+        differences = _differences(kept or {}, fingerprint)
+        raise InputError(
+            f"study {name!r} exists and asks another question; give another study_name, or the values it was made "
+            "with:\n" + "\n".join(f"  {where}: there {there}, here {here}" for where, there, here in differences)
+        )
+    study.set_user_attr("how", {"sampler": sampler, "pruner": pruner})
+    so_far = len(study.get_trials(deepcopy=False))  # the same seed again would repeat the trials there already
+    sampler_seed = int(np.random.SeedSequence([seed, so_far]).generate_state(1)[0])
+    study.sampler = SAMPLERS[sampler](seed=sampler_seed)
+    return study
+
+
+def load_study(name, storage=""):
+    """The study to read from.  Raises InputError if it is not there."""
+    url = storage_url(name, storage)
+    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
+        raise InputError(f"there is no study {name!r} yet; notebooks/tune.ipynb makes one")
+    try:
+        return optuna.load_study(study_name=name, storage=url, sampler=None)
+    except KeyError:
+        raise InputError(f"the storage has no study {name!r}") from None
+
+
+def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", on_trial=None):
+    """Run trials until the study has n_trials finished ones (complete or pruned), whoever ran them.
+
+    on_trial(study, trial, n_finished) is called after each trial.
+    Raises InputError once n_trials of this call's trials in a row have failed: there is nothing to report then.
+    """
+    origin = provenance()
+    failed = 0
+
+    def objective(trial):
+        hp = suggest(trial, space)
+        trial.suggest_float(PLACEBO, 0.0, 1.0)
+        started = time.perf_counter()
+
+        def on_eval(result):
+            for key, value in (trial_record(result) | origin).items():
+                trial.set_user_attr(key, value)
+            trial.set_user_attr("train_seconds", time.perf_counter() - started)
+            if len(study.directions) == 1:
+                name = "val_ce" if study.direction.name == "MINIMIZE" else "val_accuracy"
+                trial.report(scores(result)[name], len(result.steps))
+                if result.steps[-1] < budget.n_steps and trial.should_prune():
+                    raise optuna.TrialPruned
+
+        seeds = np.random.SeedSequence(seed, spawn_key=(TUNING, trial.number))
+        try:
+            result = fit(hp, task, budget, seeds, device, on_eval)
+        except (torch.OutOfMemoryError, MemoryError):
+            trial.set_user_attr("failure", f"out of memory at {hp}")
+            raise TrialFailed from None
+        if all(result.diverged_at):
+            trial.set_user_attr(
+                "failure", f"all {budget.n_replicas} replicas diverged, the first at step {min(result.diverged_at)}"
+            )
+            raise TrialFailed
+        score = scores(result)
+        if len(study.directions) == 2:
+            return score["val_ce"], score["val_accuracy"]
+        return score["val_ce"] if study.direction.name == "MINIMIZE" else score["val_accuracy"]
+
+    while (n_finished := len(study.get_trials(deepcopy=False, states=FINISHED))) < n_trials:
+        ours = []  # not study.trials[-1], which may be another worker's
+        study.optimize(objective, 1, catch=(TrialFailed,), callbacks=[lambda _, trial: ours.append(trial)])  # noqa: B023
+        trial = ours[0]
+        failed = failed + 1 if trial.state == optuna.trial.TrialState.FAIL else 0
+        if failed >= max(3, n_trials):
+            raise InputError(f"the last {failed} trials gave no score; the last one: {trial.user_attrs.get('failure')}")
+        if on_trial:
+            on_trial(study, trial, n_finished + (failed == 0))
+
+
+def scores(result):
+    """Mean held-out CE and accuracy of a Fit; a diverged replica counts as knowing nothing: ln C nats and 1/C."""
+    C = result.model.config["n_classes"]
+    ce = np.where(np.isfinite(result.val_ce), result.val_ce, math.log(C))
+    accuracy = np.where(np.isfinite(result.val_ce), result.val_accuracy, 1 / C)
+    return {"val_ce": float(ce.mean()), "val_accuracy": float(accuracy.mean())}
+
+
+def trial_record(result):
+    """What the database keeps of a Fit: plain JSON values."""
+    curves = {name: [[None if math.isnan(v) else round(float(v), 6) for v in row] for row in rows]
+              for name, rows in result.curves.items()}  # fmt: skip
+    return scores(result) | dict(
+        steps=result.steps,
+        curves=curves,
+        diverged_at=result.diverged_at,
+        n_diverged=sum(step is not None for step in result.diverged_at),
+        step_time_ms=round(result.step_time_ms, 3),
+        samples_seen=result.samples_seen,
+        peak_mem_mib=round(result.peak_mem_mib, 1),
+        n_parameters=result.n_parameters,
+        device=device_name(result.device),
+        precision=result.precision,
+    )
+
+
+def records(study):
+    """One row a trial, in the order of their numbers.
+
+    Columns: trial, state, val_accuracy and val_ce with _low and _high (95 % t interval over replicas), the space's
+    hyperparameters, the placebo, cost, provenance, and each replica's score as val_accuracy_0 and so on.
+    """
+    space = study.user_attrs["fingerprint"]["space"]
+    rows = []
+    for trial in study.trials:
+        kept = trial.user_attrs
+        row = {"trial": trial.number, "state": trial.state.name.lower()}
+        curves = kept.get("curves", {})
+        for name, largest in (("val_accuracy", 1), ("val_ce", math.inf)):
+            last = np.array(curves.get(name, [[]])[-1], dtype=float)
+            enough = np.isfinite(last).sum() >= 2
+            row[name] = kept.get(name, math.nan)
+            ends = mean_interval(last)[1:] if enough else (math.nan, math.nan)
+            row[f"{name}_low"], row[f"{name}_high"] = np.clip(ends, 0, largest)  # where a score can be at all
+        row |= {name: trial.params.get(name, math.nan) for name in (*space, PLACEBO)}
+        routed = np.array(curves.get("route_accuracy", [[math.nan]])[-1], dtype=float)
+        row["route_accuracy"] = np.nanmean(routed) if np.isfinite(routed).any() else math.nan
+        row["n_steps"] = kept.get("steps", [0])[-1]
+        cost = ("n_diverged", "train_seconds", "step_time_ms", "peak_mem_mib", "n_parameters", "samples_seen")
+        row |= {name: kept.get(name, math.nan) for name in cost}
+        row |= {name: kept.get(name, "") for name in (*ORIGIN, "failure")}
+        for name in ("val_accuracy", "val_ce"):
+            row |= {f"{name}_{r}": value for r, value in enumerate(curves.get(name, [[]])[-1])}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def hyperparameters(row):
+    """The Hyperparameters of a row of records."""
+    known = {name: row[name] for name in HYPERPARAMETERS if name in row and not math.isnan(row[name])}
+    return Hyperparameters(**{name: type(getattr(Hyperparameters, name))(value) for name, value in known.items()})
+
+
+def commit():
+    """The commit of the code that runs, with -dirty if the library or notebooks differ from it; else "unknown"."""
+
+    def git(*words):
+        return subprocess.run(("git", *words), cwd=REPORTS.parent, capture_output=True, text=True, check=True).stdout
+
+    try:
+        dirty = git("status", "--porcelain", "--", "ctbprn_lib", "notebooks")
+        return git("rev-parse", "--short=10", "HEAD").strip() + ("-dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def device_name(device):
+    """The GPU's name, or "CPU, n threads"."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    n = torch.get_num_threads()
+    return f"CPU, {n} thread{'s' * (n > 1)}"
+
+
+def provenance():
+    """Versions and commit of what runs."""
+    return dict(ctbprn=__version__, torch=torch.__version__, optuna=optuna.__version__,
+                python=platform.python_version(), commit=commit())  # fmt: skip
+
+
+def _differences(there, here, where=""):
+    """Leaves at which two nested dicts differ, as (place, value there, value here)."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(set(there) | set(here)):
+            yield from _differences(there.get(key, "nothing"), here.get(key, "nothing"), f"{where}.{key}".lstrip("."))
+    elif there != here:
+        yield where, there, here

@@ -1,0 +1,291 @@
+"""From confirmed and ablated scores to verdicts: every comparison of a report, and what it says about each claim."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ctbprn_lib import confirm, evidence
+from ctbprn_lib.search import study_folder
+
+MARGIN = 0.01  # the smallest difference of accuracy (or of the share routed well) that anybody should care about
+LEVEL = 0.05  # of all tests of a report together
+SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "undecided"
+SAME = "no effect larger than one accuracy point"
+
+
+class Contrast(NamedTuple):
+    """The mean over the good levels of a factor against each other level; base "best" or the role of another run."""
+
+    base: str
+    factor: str
+    good: tuple
+    others: tuple
+    score: str = "test_accuracy"
+
+
+BEST, TRIAL_2 = "best", "published trial 2"
+# Every claim under the original's "Key Findings" and "Recommendations", quoted; what could decide it; the contrasts.
+CLAIMS = [
+    ("Model dimension of 64-96 works best", "d 64 and 96 against 32 and 128, all else equal",
+     [Contrast(BEST, "d", (64, 96), (32, 128))]),
+    ("Router rank of 16 provides good performance", "rank 16 against 4, 8 and 32, all else equal",
+     [Contrast(BEST, "rank", (16,), (4, 8, 32))]),
+    ("Larger sequence lengths (128) yield better accuracy", "accuracy at 128 against 32 and 64 on one fixed task",
+     [Contrast(BEST, "seq_len", (128,), (32, 64))]),
+    ("Moderate batch size of 32 works well", "batch 32 against 8, 16 and 64, equal steps and equal samples",
+     [Contrast(BEST, "batch_size", (32,), (8, 16, 64)),
+      Contrast(BEST, "batch_size, equal samples", (32,), (8, 16, 64))]),
+    ("Learning rate around 0.0015 gives best accuracy", "lr 0.0015 against levels from 0.0001 to 0.01",
+     [Contrast(BEST, "lr", (0.0015,), (0.0001, 0.0004, 0.004, 0.01))]),
+    ("Temperature around 1.7-2.0 helps with routing", "share routed to the true area, 1.7 and 2.0 against 0.5 and 1",
+     [Contrast(BEST, "temperature", (1.7, 2.0), (0.5, 1.0), "route_accuracy")]),
+    ("Best accuracy (78.1%) achieved with CE loss of 0.6495", "the same training on fresh samples, over seeds", []),
+    ("Lower CE loss (0.6470) possible but with reduced accuracy (62.5%)", "trials 1 and 2 on fresh samples", []),
+    ("Sequence length of 128 consistently better than shorter sequences",
+     "128 against 32 and 64 at the best and at trial 2's other settings",
+     [Contrast(BEST, "seq_len", (128,), (32, 64)), Contrast(TRIAL_2, "seq_len", (128,), (32, 64))]),
+    ("Use the best accuracy parameters (Trial 2)", "trial 2 against the best confirmed configuration",
+     [Contrast("", "role", (TRIAL_2,), (BEST,))]),
+    ("Consider increasing model dimension to 96 if more capacity is needed", "d 96 against 64, all else equal",
+     [Contrast(BEST, "d", (96,), (64,))]),
+    ("Keep sequence length at 128 for best results", "128 against 32 and 64 at trial 2's other settings",
+     [Contrast(TRIAL_2, "seq_len", (128,), (32, 64))]),
+    ("Try learning rates between 0.001 and 0.002", "that range against levels outside it",
+     [Contrast(BEST, "lr", (0.001, 0.0015, 0.002), (0.0001, 0.0004, 0.004, 0.01))]),
+    ("Experiment with rank values between 8-32", "rank 8, 16 and 32 against 4",
+     [Contrast(BEST, "rank", (8, 16, 32), (4,))]),
+    ("Test temperature values between 1.5-2.0", "1.7 and 2.0 against 0.5 and 1",
+     [Contrast(BEST, "temperature", (1.7, 2.0), (0.5, 1.0))]),
+    ("Current configuration uses minimal GPU memory", "peak memory of trial 2 beside the rest of the space", []),
+    ("Can increase batch size if more GPU memory is available", "the largest batch that fits this machine", []),
+    ("Model dimension of 64 provides good balance between performance and memory usage",
+     "d 64 against 32, which takes less memory", [Contrast(BEST, "d", (64,), (32,))]),
+]  # fmt: skip
+
+
+class Evidence:
+    """All tests of one report, Holm-adjusted together, and the verdicts that follow.
+
+    runs: confirm.records; the best configuration is the role that was ablated.
+    tests: one row a comparison: kind ("confirmed", "ablation", "claim"), base, factor, a, b, score, effect = a - b
+    with low and high, p_value and p_equivalence with their Holm-adjusted p_holm and p_equivalence_holm (equivalence:
+    accuracies differ by less than MARGIN), sd over seeds, and the verdict on "a is better".
+    """
+
+    def __init__(self, runs):
+        self.n_seeds = int(runs["seed"].max()) + 1
+        what, self._groups = ["role", "base", "factor", "level"], {}
+        for (role, base, factor, level), rows in runs.sort_values("seed", kind="stable").groupby(
+            what, dropna=False, sort=False
+        ):
+            key = (role, base, factor, None if math.isnan(level) else level)
+            self._groups[key] = {name: rows[name].to_numpy() for name in rows}
+        means = {name: runs[runs["role"] != ""].groupby("role")[name].mean() for name in ("test_accuracy", "test_ce")}
+        self.roles = list(means["test_ce"].sort_values().index)
+        self.best_ce, self.best_accuracy = means["test_ce"].idxmin(), means["test_accuracy"].idxmax()
+        factors = runs[runs["factor"] != ""]
+        ablated = [base for base in dict.fromkeys(factors["base"]) if base != TRIAL_2]
+        self.base = ablated[0] if ablated else self.best_ce  # what "best" means in a Contrast
+        self.tests = self._all_tests()
+
+    def group(self, base, factor, level):
+        """{column: (R,)} of one run or None: a level of an ablation, or factor "role" and the role's name."""
+        base = self.base if base == BEST else base
+        if factor == "role":
+            return self._groups.get((self.base if level == BEST else level, "", "", None))
+        return self._groups.get(("", base, factor, level))
+
+    def levels(self, base, factor):
+        """The levels of an ablation, in order."""
+        base = self.base if base == BEST else base
+        return sorted(level for role, b, f, level in self._groups if not role and (b, f) == (base, factor))
+
+    def ablated(self):
+        """(base, factor) of every ablation, in the order of the plan."""
+        return list(dict.fromkeys((b, f) for role, b, f, _ in self._groups if not role))
+
+    def own_level(self, base, factor):
+        """The level that the base configuration itself has."""
+        base = self.base if base == BEST else base
+        return self.group("", "role", base)[factor.removesuffix(", equal samples")][0]
+
+    def _all_tests(self):
+        rows = []
+        for role in self.roles:
+            for best, score in ((self.best_accuracy, "test_accuracy"), (self.best_ce, "test_ce")):
+                if role != best:
+                    rows.append(self._test("confirmed", "", "role", [role], best, score))
+        for base, factor in self.ablated():
+            own = self.own_level(base, factor)
+            for level in self.levels(base, factor):
+                if level != own:
+                    rows += [
+                        self._test("ablation", base, factor, [level], own, s) for s in ("test_accuracy", "test_ce")
+                    ]
+        contrasts = dict.fromkeys(c for _, _, contrasts in CLAIMS for c in contrasts)
+        for base, factor, good, others, score in contrasts:
+            rows += [self._test("claim", base, factor, good, other, score) for other in others]
+        tests = pd.DataFrame([row for row in rows if row])
+        tests["p_holm"] = evidence.holm(tests["p_value"])
+        has = tests["p_equivalence"].notna()
+        tests.loc[has, "p_equivalence_holm"] = evidence.holm(tests.loc[has, "p_equivalence"])
+        tests["verdict"] = [self._verdict(row) for _, row in tests.iterrows()]
+        return tests
+
+    def seeds_needed(self, tests):
+        """Seeds a level with which the widest of the tests would find MARGIN in 80 % of reports like this one."""
+        return evidence.seeds_needed(max(test["sd"] for test in tests), MARGIN, LEVEL / len(self.tests))
+
+    def _test(self, kind, base, factor, good, other, score):
+        """One row: the mean over the good levels against the other one; None where a level has not been run."""
+        a_groups, b = [self.group(base, factor, level) for level in good], self.group(base, factor, other)
+        if b is None or any(g is None or g is b for g in a_groups):
+            return None
+        a = np.mean([g[score] for g in a_groups], axis=0)
+        b_scores = b[score]
+        if np.isfinite(a).sum() < 2 or np.isfinite(b_scores).sum() < 2:  # the task knows no true area
+            return None
+        shapes = ["d", "rank", "batch_size", "seq_len", "n_layers"]
+        paired = all(g[name][0] == b[name][0] for g in a_groups for name in shapes)  # the same seeds and shapes
+        found = evidence.compare(a, b_scores, paired)
+        same = math.nan if score == "test_ce" else evidence.equivalence(a, b_scores, MARGIN, paired)
+        sd = math.sqrt((np.nanvar(a, ddof=1) + np.nanvar(b_scores, ddof=1)) / 2)
+        return dict(kind=kind, base=base, factor=factor, a=_said(good), b=_said([other]), score=score, paired=paired,
+                    **found._asdict(), p_equivalence=same, sd=sd)  # fmt: skip
+
+    @staticmethod
+    def _verdict(row):
+        if row["p_equivalence_holm"] < LEVEL:
+            return SAME
+        if row["p_holm"] >= LEVEL:
+            return UNDECIDED
+        return SUPPORTED if (row["effect"] < 0) == (row["score"] == "test_ce") else REFUTED
+
+    def claims(self, others=None):
+        """One row a claim of the original: claim, decided_by, verdict, detail.
+
+        others: {claim: (verdict, detail)} for those that other records decide.
+        """
+        rows = []
+        for quote, decided_by, contrasts in CLAIMS:
+            tests = [t for c in contrasts for t in self.of(c)]
+            verdict, detail = (others or {}).get(quote, ("not tested yet", ""))
+            if contrasts and len(tests) == sum(len(c.others) for c in contrasts):
+                words = [t["verdict"] for t in tests]
+                verdict = next(w for w in (REFUTED, UNDECIDED, SAME, SUPPORTED) if w in words)
+                detail = "; ".join(f"against {_at(t)}: {effect(t)}" for t in tests)
+                if verdict == UNDECIDED:
+                    more = self.seeds_needed([t for t in tests if t["verdict"] == UNDECIDED])
+                    detail += f". About {more} seeds a level would decide it"
+            elif contrasts and self.base == TRIAL_2 and contrasts[0].factor == "role":
+                verdict, detail = SUPPORTED, "it is the best confirmed configuration"
+            rows.append({"claim": quote, "decided_by": decided_by, "verdict": verdict, "detail": detail})
+        return pd.DataFrame(rows)
+
+    def of(self, contrast):
+        """The tests of one contrast."""
+        base, factor, good, others, score = contrast
+        t = self.tests
+        mine = (t["kind"] == "claim") & (t["base"] == base) & (t["factor"] == factor) & (t["score"] == score)
+        mine &= (t["a"] == _said(good)) & t["b"].isin([_said([other]) for other in others])
+        return [row for _, row in t[mine].iterrows()]
+
+    def next_space(self, space):
+        """The space for the next search: decided evidence alone changes the one that was searched.
+
+        A level is dead, and dropped, if it costs more than MARGIN against the base by a decided effect; a range ends at
+        the outermost tested level inside it that is not dead. A tested level outside the space joins it if it is
+        better than the base by a decided effect.
+        """
+        t, new = self.tests, {}
+        t = t[(t["kind"] == "ablation") & (t["base"] == self.base) & (t["score"] == "test_accuracy")]
+        for name, entry in space.items():
+            mine = t[t["factor"] == name].set_index("a")
+            dead = set(mine[(mine["verdict"] == REFUTED) & (mine["effect"] < -MARGIN)].index)
+            better = set(mine[mine["verdict"] == SUPPORTED].index)
+            tested = self.levels(self.base, name)
+            if isinstance(entry, list):
+                kept = {x for x in entry if _said([x]) not in dead} | {x for x in tested if _said([x]) in better}
+                new[name] = sorted(type(entry[0])(x) for x in kept) or entry
+                continue
+            ends = {entry["low"], entry["high"]} | {x for x in tested if entry["low"] <= x <= entry["high"]}
+            kept = {x for x in ends if _said([x]) not in dead} | {x for x in tested if _said([x]) in better}
+            new[name] = entry | {"low": min(kept), "high": max(kept)} if len(kept) > 1 else entry
+        return new
+
+
+def effect(test):
+    """A test's effect with its interval and adjusted p, as people read it."""
+    if test["score"] == "test_ce":
+        said = f"{test['effect']:+.3f} [{test['low']:+.3f}, {test['high']:+.3f}] nats"
+    else:
+        said = "{:+.1f} [{:+.1f}, {:+.1f}] points".format(*(100 * test[k] for k in ("effect", "low", "high")))
+    return f"{said}, {'p < 0.001' if test['p_holm'] < 0.001 else 'p = {:.3f}'.format(test['p_holm'])}"
+
+
+def from_reproduction(trial_1, trial_2, published):
+    """{claim: (verdict, detail)} for the two claims that published.seed_scores of trials 1 and 2 decide.
+
+    published: the published accuracy of trial 2.
+    """
+    mean, low, high = evidence.mean_interval(trial_2["test_accuracy"])
+    ce = evidence.compare(trial_1["test_ce"], trial_2["test_ce"])
+    gap = evidence.compare(trial_1["test_accuracy"], trial_2["test_accuracy"])
+    lower = SUPPORTED if ce.high < 0 and gap.high < 0 else REFUTED if ce.low > 0 or gap.low > 0 else UNDECIDED
+    return {
+        CLAIMS[6][0]: (SUPPORTED if low <= published <= high else REFUTED,
+                       f"on fresh samples {100 * mean:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"),
+        CLAIMS[7][0]: (lower, f"trial 1 has {ce.effect:+.3f} [{ce.low:+.3f}, {ce.high:+.3f}] nats and "
+                       f"{100 * gap.effect:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}] points beside trial 2 "
+                       "on fresh samples"),
+    }  # fmt: skip
+
+
+def recorded_claims(study_name, decided):
+    """(claim, decided by, verdict, detail) of every claim, from reports/<study_name>/claims.csv where it is there.
+
+    decided: {claim: (verdict, detail)}, which is newer.
+    """
+    path = study_folder(study_name) / "claims.csv"
+    kept = pd.read_csv(path, keep_default_na=False).set_index("claim") if path.exists() else None
+    for quote, decided_by, _ in CLAIMS:
+        there = ("not tested yet", "") if kept is None else tuple(kept.loc[quote, ["verdict", "detail"]])
+        yield quote, decided_by, *decided.get(quote, there)
+
+
+def simulated_runs(n_seeds, rng, effects=None, accuracy=0.97, spread=0.15):
+    """Made-up confirm.records of an ordinary report in which only effects act: {(factor, level): share of accuracy}.
+
+    Errors are lognormal over seeds (skewed, near 0): spread is the standard deviation of their logarithm.
+    """
+    base = dict(lr=0.0012, d=64, rank=16, temperature=1.3, batch_size=16, seq_len=128, n_layers=2, n_steps=500)
+    ladder = {name: confirm.LADDER[name] for name in ("lr", "d", "rank", "temperature", "batch_size")}
+    ladder |= {"seq_len": (32, 64, 128), "batch_size, equal samples": (8, 16, 32, 64), "n_steps": (250, 500, 1000)}
+    plan = [(role, "", "", math.nan) for role in ("trial 7", "trial 3", "published trial 1", TRIAL_2, "defaults")]
+    plan += [("", "trial 7", f, x) for f, xs in ladder.items() for x in sorted({*xs, base.get(f, 16)})]
+    plan += [("", TRIAL_2, "seq_len", x) for x in (32, 64, 128)]
+    rows, drawn = [], {}
+    for role, of, factor, level in plan:
+        name = factor.removesuffix(", equal samples")
+        key = role or (of if level == base[name] else (of, factor, level))  # the base itself is one run, not two
+        if key not in drawn:
+            error = (1 - accuracy) * np.exp(spread * rng.normal(size=n_seeds) - spread**2 / 2)
+            error = error - (effects or {}).get((factor, level), 0)
+            drawn[key] = error, 2.4 * error
+        for s, (error, ce) in enumerate(zip(*drawn[key], strict=True)):
+            scores = dict(seed=s, test_accuracy=1 - error, test_ce=ce, route_accuracy=1 - error)
+            rows.append(dict(role=role, base=of, factor=factor, level=level) | base | {name: level} | scores)
+    return pd.DataFrame(rows).drop(columns="")
+
+
+def _said(levels):
+    return " and ".join(level if isinstance(level, str) else f"{level:g}" for level in levels)
+
+
+def _at(test):
+    name = {"batch_size": "batch ", "seq_len": ""}.get(test["factor"], "")
+    place = " at published trial 2's settings" if test["base"] == TRIAL_2 else ""
+    samples = " (equal samples)" if test["factor"].endswith("equal samples") else ""
+    return f"{name}{'the best' if test['b'] == BEST else test['b']}{place}{samples}"
