@@ -24,7 +24,7 @@ REPRODUCE ?= reproduce
 TRIALS ?= 100
 REPLICAS ?= 8
 STEPS ?= 2000
-SEEDS ?= 8
+SEEDS ?= 16
 AUDIT := -p n_fresh_seeds 200 -p n_spread_seeds 32 -p max_steps 2000 -p n_curve_seeds 8
 EXPLORE := -p n_steps 2000
 else

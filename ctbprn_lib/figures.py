@@ -237,6 +237,16 @@ def against(ax, x, y, log=False):
     return ax
 
 
+def power(ax, sizes, shares):
+    """Share of reports that find an effect of each size (points); shares (sizes, 3): share, low, high."""
+    share, low, high = 100 * np.asarray(shares).T
+    ax.errorbar(sizes, share, yerr=np.clip([share - low, high - share], 0, None), fmt="o-", ms=5, lw=1, color=BLUE)
+    ax.axhline(80, color=GREY, ls="--", label="80 %")
+    ax.set(xlabel="true effect (accuracy points)", ylabel="reports that find it (%)", ylim=(-3, 103))
+    ax.legend(fontsize=9)
+    return ax
+
+
 def legend_of_states(ax):
     """A legend that says what points and bars are."""
     label = "trial: mean and 95 % interval over replicas"
