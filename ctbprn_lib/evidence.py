@@ -1,13 +1,12 @@
 """What scores over seeds can carry: intervals, comparisons, importance."""
 
-import math
+import bisect
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 from scipy.special import expit, logit
-from statsmodels.stats.power import TTestIndPower
 from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 
 from ctbprn_lib import InputError
@@ -94,9 +93,15 @@ def seeds_needed(sd, margin, alpha, power=0.8):
 
     sd: of one score over seeds, in the units of margin.
     """
-    if sd <= margin / 20:  # solve_power finds no root where two seeds are far more than enough
-        return 2
-    return max(2, math.ceil(TTestIndPower().solve_power(margin / sd, alpha=alpha, power=power)))
+
+    def found(n):  # statsmodels has it too, but gives NaN where little is missing to certainty
+        critical = stats.t.ppf(1 - alpha / 2, 2 * n - 2)
+        return stats.nct.sf(critical, 2 * n - 2, min(margin / max(sd, 1e-12), 100) * (n / 2) ** 0.5)
+
+    enough = 2
+    while found(enough) < power:
+        enough *= 2
+    return enough // 2 + bisect.bisect_left(range(enough // 2, enough), power, key=found) if enough > 2 else 2
 
 
 def _finite(a, b, paired):

@@ -107,17 +107,12 @@ class ConfirmedReport(Report):
         return f"Of {len(rows)} claims: {said}.\n\n" + table(["Claim", "Decided by", "Verdict"], rows)
 
     def key_findings(self):
-        e, t = self.evidence, self.evidence.tests
-        findings = []
-        for score, title in (("test_accuracy", "Best accuracy"), ("test_ce", "Best CE")):
-            role = self.best[score]
-            others = t[(t["kind"] == "confirmed") & (t["b"] == role) & (t["score"] == score)]
-            same = others[others["p_holm"] >= LEVEL]
-            findings.append(
-                f"**{title}: {role}**, {self._score(role, score)} over {e.n_seeds} fresh seeds. {len(same)} of the "
-                f"{len(others)} other confirmed configurations cannot be told from it"
-                + (f" ({', '.join(same['a'])})." if len(same) else ".")
-            )
+        e = self.evidence
+        findings = [
+            f"**{title}: {self.best[score]}**, {self._score(self.best[score], score)} over {e.n_seeds} fresh seeds. "
+            + self._like(score)
+            for score, title in (("test_accuracy", "Best accuracy"), ("test_ce", "Best CE"))
+        ]
         for test in e.of(Contrast("", "role", (TRIAL_2,), (BEST,))):
             word = {SUPPORTED: "better", REFUTED: "worse", SAME: "the same within one point"}
             findings.append(
@@ -143,7 +138,8 @@ class ConfirmedReport(Report):
     def recommendations(self):
         e, role = self.evidence, self.evidence.best_ce
         settings = ", ".join(f"{name} {value(name, self._value(role, name))}" for name in self.names)
-        production = [f"Use {role}: {settings}, trained for {self._value(role, 'n_steps'):,} steps (`best_ce`)."]
+        steps = f"trained for {self._value(role, 'n_steps'):,} steps (`best_ce`)"
+        production = [f"Use {role}: {settings}, {steps}. {self._like('test_ce')}"]
         for factor in ("d", "rank", "batch_size", "seq_len"):
             own = e.own_level(e.base, factor)
             smaller = [points for level, (points, _) in self._levels(e.base, factor).items() if level < own]
@@ -286,6 +282,15 @@ class ConfirmedReport(Report):
 
     def _where(self, base):
         return "" if base == self.evidence.base else " at published trial 2's other settings"
+
+    def _like(self, score):
+        """Which confirmed configurations are not told from the best by a score."""
+        t = self.evidence.tests
+        others = t[(t["kind"] == "confirmed") & (t["score"] == score)]
+        same = others.loc[others["p_holm"] >= LEVEL, "a"]
+        return f"{len(same)} of the {len(others)} other confirmed configurations cannot be told from it by " + (
+            ("accuracy" if score == "test_accuracy" else "CE") + (f" ({', '.join(same)})." if len(same) else ".")
+        )
 
     def _against_rule(self):
         if "linear rule" not in self.baselines:

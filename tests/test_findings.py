@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -44,21 +45,44 @@ def confirmed(n_seeds=8, name="made", effects=EFFECTS, spread=0.07):
     kept.set_user_attr("about", about | {"largest_batch": {"batch_size": 4096, "free_mib": 9000, "tried_twice": True}})
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The files of a report on a study where four levels matter."""
+def invented(root):
+    """(folder, pieces) of a report on a study where four levels matter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "REPORTS", tmp_path_factory.mktemp("reports"))
+        patch.setattr(search, "REPORTS", root)
         patch.delenv("CTBPRN_STORAGE", raising=False)
         made(None, failed=False)
         confirmed()
         found = findings.load("made")
-        pieces = {name: getattr(found, name)() for name in PIECES}
-        return found.folder, pieces
+        return found.folder, {name: getattr(found, name)() for name in PIECES}
+
+
+def committed():
+    """(folder, pieces) of the committed report, its pieces cut from report.md as readers see it."""
+    place = Path(__file__).parent.parent / "reports" / "ctbprn"
+    parts = re.split(r"^## (.+)$", (place / "report.md").read_text(), flags=re.M)
+    by_title = dict(zip(parts[1::2], parts[2::2], strict=True))
+    pieces = {name: by_title[title] for name, title in TITLES.items()}
+    confirmed_results, ablation = by_title["Confirmed results"].split("### One hyperparameter moved at a time")
+    return place, pieces | {"summary": parts[0], "confirmed_results": confirmed_results, "ablation": ablation}
+
+
+@pytest.fixture(scope="module", params=["invented", "committed"])
+def folder(request, tmp_path_factory):
+    return invented(tmp_path_factory.mktemp("reports")) if request.param == "invented" else committed()
 
 
 PIECES = ("raw_data", "summary", "best_parameters", "confirmed_results", "ablation", "claims", "key_findings",
           "recommendations", "undecided", "measured", "reproduce")  # fmt: skip
+TITLES = {
+    "raw_data": "Raw Data",
+    "best_parameters": "Best Parameters Found",
+    "claims": "What the original report's claims come to",
+    "key_findings": "Key Findings",
+    "recommendations": "Recommendations",
+    "undecided": "What remains undecided",
+    "measured": "How this was measured",
+    "reproduce": "Reproduce this report",
+}
 
 
 def said(interval, scale=100, digits=1):
@@ -82,6 +106,16 @@ def tables(folder):
     return csv | {"about": json.loads((place / "about.json").read_text())}
 
 
+def base_of(tables):
+    """The role whose hyperparameters were moved."""
+    runs = tables["confirmed"]
+    return runs.loc[runs["factor"] == "lr", "base"].iloc[0]
+
+
+def n_seeds(tables):
+    return tables["about"]["n_seeds"]
+
+
 def of_role(tables, role, name):
     runs = tables["confirmed"]
     return runs.loc[runs["role"] == role, name].to_numpy()
@@ -98,16 +132,16 @@ def test_every_comparison_is_recomputed_from_the_runs(tables):
     runs, tests = tables["confirmed"], tables["comparisons"]
     assert len(tests) > 80
     for _, t in tests.iterrows():
-        base = t["base"]
+        base = t["base"]  # NaN for the comparisons between confirmed configurations
         if t["factor"] == "role":
-            a, b = (of_role(tables, {"best": "trial 7"}.get(t[side], t[side]), t["score"]) for side in ("a", "b"))
+            a, b = (of_role(tables, {"best": base_of(tables)}.get(t[side], t[side]), t["score"]) for side in ("a", "b"))
         else:
-            base = "trial 7" if base == "best" else base
+            base = base_of(tables) if base == "best" else base
             levels = [
                 of_level(tables, base, t["factor"], float(x), t["score"]).to_numpy() for x in t["a"].split(" and ")
             ]
             a, b = np.mean(levels, 0), of_level(tables, base, t["factor"], float(t["b"]), t["score"]).to_numpy()
-        assert len(a) == len(b) == 8
+        assert len(a) == len(b) == n_seeds(tables)
         test = stats.ttest_rel(a, b) if t["paired"] else stats.ttest_ind(a, b, equal_var=False)
         ends = test.confidence_interval()
         expected = (np.mean(a) - np.mean(b), ends.low, ends.high, test.pvalue)
@@ -116,7 +150,7 @@ def test_every_comparison_is_recomputed_from_the_runs(tables):
     has = tests["p_equivalence"].notna()
     adjusted = multipletests(tests.loc[has, "p_equivalence"], method="holm")[1]
     np.testing.assert_allclose(tests.loc[has, "p_equivalence_holm"], adjusted, rtol=1e-6)
-    assert set(runs["seed"]) == set(range(8))
+    assert set(runs["seed"]) == set(range(n_seeds(tables)))
 
 
 def test_the_best_are_the_best_of_the_confirmed_table(folder, tables):
@@ -157,18 +191,25 @@ def test_every_effect_in_the_prose_is_one_of_the_comparisons(folder, tables, pie
 
 def test_the_winners_curse_the_goal_and_the_rule_are_recomputed(folder, tables):
     text = folder[1]["key_findings"]
-    trials = tables["trials"].set_index("trial")["val_accuracy"]
-    gaps = np.array([trials[n] - of_role(tables, f"trial {n}", "test_accuracy").mean() for n in (7, 3)])
-    assert f"by {100 * gaps.mean():+.1f} [" in text and f"over {len(gaps)} trials, by {100 * gaps.max():+.1f}" in text
-    runs = tables["confirmed"]
+    runs, trials = tables["confirmed"], tables["trials"].set_index("trial")["val_accuracy"]
     means = runs[runs["role"].notna()].groupby("role")[["test_accuracy", "test_ce"]].mean()
-    missed = f"accuracy by {100 * (0.995 - means['test_accuracy'].max()):.1f} points and CE by "
-    assert missed + f"{means['test_ce'].min() - 0.02:.3f} nats" in text
+    ours = [role for role in means.index if role.startswith("trial")]
+    gaps = 100 * np.array([trials[int(role.split()[1])] - means.loc[role, "test_accuracy"] for role in ours])
+    half = stats.t.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / len(gaps) ** 0.5
+    ends = f"[{gaps.mean() - half:+.1f}, {gaps.mean() + half:+.1f}]"
+    assert f"by {gaps.mean():+.1f} {ends}" in text and f"over {len(gaps)} trials, by {gaps.max():+.1f}" in text
+    accuracy, ce = means["test_accuracy"].max(), means["test_ce"].min()
+    missed = {f"accuracy by {100 * (0.995 - accuracy):.1f} points": accuracy < 0.995}
+    missed[f"CE by {ce - 0.02:.3f} nats"] = ce > 0.02
+    assert all((what in text) == so for what, so in missed.items())
     assert f"scores {100 * tables['about']['baselines']['linear rule']:.1f} %" in text
 
 
+@pytest.mark.parametrize("folder", ["invented"], indirect=True)
 def test_findings_name_what_matters_and_nothing_else(folder):
     text = folder[1]["key_findings"]
+    space = yaml.safe_load((folder[0] / "next_space.yaml").read_text())
+    assert 32 not in space["d"] and 4 not in space["rank"] and 32 not in space["seq_len"]
     for factor in ("Model dimension (d)", "Router rank", "Length of training", "Sequence length"):
         assert f"**{factor} matters.**" in text
     nothing = next(line for line in text.splitlines() if "No level is shown" in line)
@@ -199,10 +240,59 @@ def test_nothing_undecided_is_recommended(folder, tables):
         changed = space[name] != default[name]
         assert changed <= (name in set(decided["factor"])), name
         assert changed == (f"{report.NAMES[name]}: search" in pieces["recommendations"])
-    assert 32 not in space["d"] and 4 not in space["rank"] and 32 not in space["seq_len"]
 
 
-def test_memory_and_seeds_are_recomputed(folder, tables):
+def cannot_be_told(tables, score):
+    """Confirmed configurations that their comparison with the best does not tell from it."""
+    tests = tables["comparisons"]
+    mine = tests[(tests["kind"] == "confirmed") & (tests["score"] == score)]
+    return set(mine.loc[mine["p_holm"] >= 0.05, "a"]), len(mine)
+
+
+def test_how_many_cannot_be_told_from_the_best_is_counted(folder, tables):
+    lines = folder[1]["key_findings"].splitlines()
+    for score, title in (("test_accuracy", "**Best accuracy: "), ("test_ce", "**Best CE: ")):
+        line = next(line for line in lines if title in line)
+        same, n = cannot_be_told(tables, score)
+        assert f"{len(same)} of the {n} other confirmed configurations cannot be told from it" in line
+        assert all(role in line for role in same)
+    assert f"{len(cannot_be_told(tables, 'test_ce')[0])} of the" in folder[1]["recommendations"]
+
+
+def test_the_seeds_that_would_decide_are_recomputed(folder, tables):
+    """The smallest n with which the noncentral t exceeds its bound in 80 % of cases, one n after the other."""
+    tests = tables["comparisons"]
+    last = tests["score"] == "test_accuracy"
+
+    def enough(sd, margin):
+        for n in range(2, 5000):
+            t = stats.t.ppf(1 - 0.025 / len(tests), 2 * n - 2)
+            if stats.nct.sf(t, 2 * n - 2, margin / sd * math.sqrt(n / 2)) >= 0.8:
+                return n
+
+    undecided = tests[last & (tests["kind"] == "ablation") & (tests["verdict"] == UNDECIDED)]
+    groups = undecided.groupby(["base", "factor"])["sd"].max()
+    quoted = [int(n) for n in re.findall(r": [^:]+\. About (\d+) seeds a level would show", folder[1]["undecided"])]
+    assert sorted(quoted) == pytest.approx(sorted(enough(sd, 0.01) for sd in groups), abs=1)
+    quoted = int(re.search(r"it takes (\d+) seeds", folder[1]["measured"])[1])
+    assert quoted == pytest.approx(enough(tests.loc[last, "sd"].median(), 0.02), abs=1)
+
+
+def test_what_is_recommended_is_the_best_by_ce(folder, tables):
+    runs, text = tables["confirmed"], folder[1]["recommendations"]
+    best = runs[runs["role"].notna()].groupby("role")["test_ce"].mean().idxmin()
+    row = runs[runs["role"] == best].iloc[0]
+    assert f"Use {best}: " in text and f"trained for {row['n_steps']:,} steps" in text
+    for name in search.default_space(tasks.RoutingTask()):
+        assert f"{name} {report.value(name, row[name])}" in text
+    saved = json.loads((folder[0] / "best_ce.json").read_text()) if (folder[0] / "best_ce.json").exists() else None
+    assert saved is None or (saved["role"] == best and saved["test_ce"]["mean"] == pytest.approx(
+        runs.loc[runs["role"] == best, "test_ce"].mean()))  # fmt: skip
+    done = tables["trials"].query("state == 'complete'")["peak_mem_mib"]
+    assert f"from {done.min():.0f} to {done.max():.0f} MiB" in text
+
+
+def test_memory_is_recomputed(folder, tables):
     _, pieces = folder
     table, rule = tables["memory"], tables["about"]["memory_rule"]
     predicted = table[["A_mib", "W_mib", "I_mib"]].to_numpy() @ [
@@ -210,14 +300,9 @@ def test_memory_and_seeds_are_recomputed(folder, tables):
     ] + rule["constant"]  # fmt: skip
     np.testing.assert_allclose(table["predicted_mib"], predicted, rtol=1e-9)
     assert f"by {100 * rule['error']:.0f} % (median of {len(table)})" in pieces["recommendations"]
-    assert "batch of 4,096 in the 9,000 MiB" in pieces["recommendations"]
-    tests = tables["comparisons"]
-    assert f"all {len(tests)} p-values" in pieces["measured"]
-    sd = tests.loc[tests["score"] == "test_accuracy", "sd"].median()
-    assert f"{100 * sd:.2f} points, median" in pieces["measured"]
-    n = int(re.search(r"it takes (\d+) seeds", pieces["measured"])[1])
-    noncentral, critical = 0.02 / sd * math.sqrt(n / 2), stats.t.ppf(1 - 0.025 / len(tests), 2 * n - 2)
-    assert stats.nct.sf(critical, 2 * n - 2, noncentral) > 0.79 or n == 2
+    largest, said_of_memory = tables["about"]["largest_batch"], pieces["recommendations"]
+    assert f"batch of {largest['batch_size']:,} in the {largest['free_mib']:,} MiB" in said_of_memory
+    assert f"all {len(tables['comparisons'])} p-values" in pieces["measured"]
 
 
 def test_importance_is_said_as_the_table_has_it(folder, tables):
