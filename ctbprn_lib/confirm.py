@@ -19,9 +19,11 @@ import torch
 
 from ctbprn_lib import InputError, evidence, published, search
 from ctbprn_lib.model import CTBPRN
-from ctbprn_lib.train import Budget, Hyperparameters, fit, precision_context, resolve_device, score
+from ctbprn_lib.train import Budget, Hyperparameters, fit, precision_context, resolve_device, resolve_precision, score
 
-CONFIRMING = 1  # first spawn key of the seeds, so that none of them has been used for tuning
+# First spawn keys of the seeds: none has been used for tuning, and the best of the confirmed is measured afresh when it
+# is ablated, or every comparison with it would start from its luck.
+CONFIRMING, ABLATING = 1, 2
 # Levels of an ablation: those inside the space, the next size above it, and one past an end where the best value lies.
 LADDER = {
     "lr": (3e-5, 1e-4, 4e-4, 1e-3, 1.5e-3, 2e-3, 4e-3, 1e-2, 3e-2),
@@ -73,7 +75,7 @@ def ablations(best, space, task):
     for size in levels("batch_size", space["batch_size"], hp.batch_size, task):
         same = max(1, round(best.n_steps * hp.batch_size / size))
         runs.append(Run("", replace(hp, batch_size=size), same, best.role, "batch_size, equal samples", size))
-    for n_steps in (best.n_steps // 2 or 1, best.n_steps, 2 * best.n_steps, 4 * best.n_steps):
+    for n_steps in sorted({best.n_steps // 2 or 1, best.n_steps, 2 * best.n_steps, 4 * best.n_steps}):
         runs.append(Run("", hp, n_steps, best.role, "n_steps", n_steps))
     return runs
 
@@ -118,6 +120,7 @@ class Confirmation:
             raise InputError(f"study {study.study_name!r} is of the task {asked['task']}, got {task.description}")
         self.task, self.n_test, self.device = task, n_test, resolve_device(device)
         self.budget = Budget(**asked["budget"] | dict(n_replicas=n_seeds, n_evals=1))
+        self.precision = resolve_precision(self.budget.precision, self.device)
         self.seed, self.name = seed, study.study_name
         self.study = optuna.create_study(
             study_name=f"{study.study_name}/confirm", storage=study._storage, load_if_exists=True
@@ -130,8 +133,12 @@ class Confirmation:
         on_done(record, done, total) is called after each.  Returns {key: record} of all runs.
         """
         wanted = {self.key(run): run for run in runs}
-        kept = {trial.user_attrs["key"]: trial.user_attrs for trial in self.study.get_trials(deepcopy=False)}
-        kept, origin = {key: kept[key] for key in wanted if key in kept}, search.provenance()
+        kept, origin = {}, search.provenance()
+        for record in (trial.user_attrs for trial in self.study.get_trials(deepcopy=False)):
+            on_cpu = record.get("device", "").startswith("CPU")
+            like_here = record.get("precision") == self.precision and on_cpu == (self.device.type == "cpu")
+            if record["key"] in wanted and like_here:  # failures are tried again
+                kept[record["key"]] = record
         for key, record in self._trained({key: run for key, run in wanted.items() if key not in kept}):
             kept[key] = json.loads(json.dumps({"key": key} | record | origin))
             ce = record.get("mean_test_ce")
@@ -145,6 +152,7 @@ class Confirmation:
         """What makes two runs the same, as a hash."""
         budget = asdict(replace(self.budget, n_steps=run.n_steps))
         same = [asdict(run.hyperparameters), budget, self.seed, self.n_test, self.task.description]
+        same += ["ablation"] if run.base else []
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
     def write_plan(self, runs, baselines, largest_batch):
@@ -241,7 +249,8 @@ def _no_gaps(record, name):
 def _train(task, run, budget, n_test, seed, device, weights=None):
     """Train one Run and score it; writes the weights of the best seed by validation CE if a path is given."""
     budget = replace(budget, n_steps=run.n_steps)
-    seeds = np.random.SeedSequence(seed, spawn_key=(CONFIRMING,))  # the same for all: pairs where shapes are equal
+    purpose = ABLATING if run.base else CONFIRMING
+    seeds = np.random.SeedSequence(seed, spawn_key=(purpose,))  # the same for all: pairs where shapes are equal
     started = time.perf_counter()
     try:
         result = fit(run.hyperparameters, task, budget, seeds, device)
