@@ -155,12 +155,12 @@ class Confirmation:
         same += ["ablation"] if run.base else []
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
-    def write_plan(self, runs, baselines, largest_batch):
+    def write_plan(self, runs, n_top, baselines, largest_batch):
         """Keep which runs answer which question, so that the report needs nothing but the database."""
         plan = [asdict(run) | {"key": self.key(run)} for run in runs]
         self.study.set_user_attr("plan", json.loads(json.dumps(plan)))
-        self.study.set_user_attr("about", dict(n_seeds=self.budget.n_replicas, n_test=self.n_test, seed=self.seed,
-                                 baselines=baselines, largest_batch=largest_batch))  # fmt: skip
+        about = dict(n_seeds=self.budget.n_replicas, n_test=self.n_test, n_top=n_top, seed=self.seed)
+        self.study.set_user_attr("about", about | dict(baselines=baselines, largest_batch=largest_batch))
 
     def save_best(self, runs, records):
         """Write best_accuracy and best_ce (.json and .safetensors) of the confirmed runs to the study's folder.

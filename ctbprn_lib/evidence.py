@@ -63,14 +63,14 @@ class Comparison(NamedTuple):
 def compare(a, b, paired=False):
     """Compare per-replica scores a (R,) and b (R',); paired: the same seeds in the same order.
 
-    Scores that are not finite are left out (with their partner, if paired).
+    Scores that are not finite are left out (with their partner, if paired). Without any spread p_value is 1.
     Raises InputError for fewer than two finite scores on a side, or pairs of unequal number.
     Source: Welch (1947), Student (1908) for pairs, as scipy.stats has them.
     """
     a, b = _finite(a, b, paired)
-    if _no_spread(a, b, paired):  # t is undefined
+    if _no_spread(a, b, paired):  # t is undefined: few test samples, say, on which every seed scores the same
         effect = float(a.mean() - b.mean())
-        return Comparison(effect, effect, effect, float(effect == 0))
+        return Comparison(effect, effect, effect, 1.0)
     test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
     interval = test.confidence_interval(0.95)
     return Comparison(float(a.mean() - b.mean()), float(interval.low), float(interval.high), float(test.pvalue))
@@ -83,7 +83,7 @@ def equivalence(a, b, margin, paired=False):
     """
     a, b = _finite(a, b, paired)
     if _no_spread(a, b, paired):
-        return float(abs(a.mean() - b.mean()) >= margin)
+        return 1.0
     test = ttost_paired(a, b, -margin, margin) if paired else ttost_ind(a, b, -margin, margin, usevar="unequal")
     return float(test[0])
 

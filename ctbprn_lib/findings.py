@@ -32,12 +32,11 @@ class ConfirmedReport(Report):
         super().__init__(study_name, storage)
         self.runs, self.about = runs, about
         self.baselines = about["baselines"]
-        self.evidence = verdicts.Evidence(runs)
+        self.evidence = verdicts.Evidence(runs, self._n_test())
         self.best = {"test_accuracy": self.evidence.best_accuracy, "test_ce": self.evidence.best_ce}
         self.is_original_task = self.task["task"] == "routing" and self.task["n_tokens"] == 128
-        once = runs.drop_duplicates([*HYPERPARAMETERS, "n_steps"])
         self.memory_table = pd.concat([memory.measured(self.trials, self.budget["n_replicas"], self.task),
-                                       memory.measured(once, self.evidence.n_seeds, self.task)])  # fmt: skip
+                                       memory.measured(self._once(), self.evidence.n_seeds, self.task)])  # fmt: skip
         self.memory = None
         if len(self.memory_table) >= 6:
             sizes = self.memory_table[memory.SIZES].to_numpy()
@@ -50,7 +49,8 @@ class ConfirmedReport(Report):
         e = self.evidence
         return super().summary(confirmed=True) + (
             f" {len(e.roles)} configurations were trained again with {e.n_seeds} fresh seeds and scored on "
-            f"{self._n_test():,} test samples that served nothing else: only those scores are called results."
+            f"{self._n_test():,} test samples that no training and no tuning has seen: only those scores are called "
+            "results."
         )
 
     def best_parameters(self):
@@ -115,10 +115,11 @@ class ConfirmedReport(Report):
         ]
         for test in e.of(Contrast("", "role", (TRIAL_2,), (BEST,))):
             word = {SUPPORTED: "better", REFUTED: "worse", SAME: "the same within one point"}
+            scores = percent(evidence.mean_interval(e.again(TRIAL_2)["test_accuracy"]))
             findings.append(
-                f"**The published best settings (trial 2), trained and scored the same way**, reach "
-                f"{self._score(TRIAL_2, 'test_accuracy')}: {word.get(test['verdict'], 'not told apart')} beside "
-                f"{e.base} ({effect(test)})."
+                f"**The published best settings (trial 2), trained and scored the same way**, reach {scores}: "
+                f"{word.get(test['verdict'], 'not told apart')} beside {e.base} ({effect(test)}, both with seeds that "
+                "did not choose the best)."
             )
         findings += [self._against_rule(), self._winners_curse(), self._goal()]
         undecided = []
@@ -142,8 +143,9 @@ class ConfirmedReport(Report):
         production = [f"Use {role}: {settings}, {steps}. {self._like('test_ce')}"]
         for factor in ("d", "rank", "batch_size", "seq_len"):
             own = e.own_level(e.base, factor)
-            smaller = [points for level, (points, _) in self._levels(e.base, factor).items() if level < own]
-            good = [points for points in smaller if points["verdict"] in (SAME, SUPPORTED)]
+            smaller = [pair for level, pair in self._levels(e.base, factor).items() if level < own]
+            good = [points for points, ce in smaller
+                    if points["verdict"] in (SAME, SUPPORTED) and ce["verdict"] != REFUTED]  # fmt: skip
             if good:
                 production.append(f"{FACTORS[factor]} {good[0]['a']} instead of {own:g} costs less: {effect(good[0])}.")
         further = [
@@ -162,8 +164,8 @@ class ConfirmedReport(Report):
             cost.append(
                 f"It follows {rule.per_activation:.1f} A + {rule.per_parameter:.1f} W + {rule.per_input:.1f} I + "
                 f"{rule.constant:.0f} MiB, with A = 4 R B K T d L bytes, W = 4 R bytes a parameter, I = 4 R B K T F "
-                f"bytes; it misses a run that it was not fitted to by {100 * rule.error:.0f} % (median of "
-                f"{len(self.memory_table)})."
+                f"bytes; it misses a shape that it was not fitted to by {100 * rule.error:.0f} % (median; "
+                f"{len(self.memory_table)} runs)."
             )
         if largest := self.about["largest_batch"]:
             cost.append(
@@ -180,8 +182,8 @@ class ConfirmedReport(Report):
             if open_ones:
                 levels = ", ".join(self._level(factor, float(p["a"])) for p in open_ones)
                 lines.append(
-                    f"{FACTORS[factor]}{self._where(base)}: {levels}. About {e.seeds_needed(open_ones)} seeds a level "
-                    "would show a difference of one accuracy point in 80 % of reports."
+                    f"{FACTORS[factor]}{self._where(base)}: {levels}. If the effects are what they look like, about "
+                    f"{e.seeds_needed(open_ones)} seeds a level would decide it in 80 % of reports."
                 )
         if self.claims_table is not None:
             still = self.claims_table[self.claims_table["verdict"].isin([UNDECIDED, "not tested yet"])]
@@ -196,17 +198,19 @@ class ConfirmedReport(Report):
             f"{self._n_test():,} test samples that neither tuning nor exploring has seen. Comparisons are Welch's "
             "test, or a paired one where shapes are equal; an interval is 95 % for its comparison alone, while all "
             f"{len(t)} p-values of this report are Holm-adjusted together, and so are the "
-            f"{t['p_equivalence'].notna().sum()} equivalence tests (two one-sided tests, one accuracy point). With the "
-            f"spread seen here (standard deviation over seeds {100 * sd:.2f} points, median) it takes "
+            f"{t['p_equivalence'].notna().sum()} equivalence tests (two one-sided tests, one accuracy point). "
+            "(The two claims about what trials 1 and 2 scored are decided by 95 % intervals of `reports/reproduce`.) "
+            "The best is ablated with other seeds than those that chose it. With the spread seen here (standard "
+            f"deviation over seeds {100 * sd:.2f} points, median) it takes "
             f"{evidence.seeds_needed(sd, 0.02, LEVEL / len(t))} seeds to find a true effect of two points in 80 % of "
             "reports."
         )
 
     def reproduce(self):
-        a, runs = self.about, self.runs.drop_duplicates([*HYPERPARAMETERS, "n_steps"])
+        a, runs = self.about, self._once()
         command = (
             f"papermill notebooks/confirm.ipynb runs/confirm.ipynb -p study_name again -p task {self.task['task']} "
-            f"-p n_seeds {a['n_seeds']} -p n_test {a['n_test']} -p seed {a['seed']}"
+            f"-p n_seeds {a['n_seeds']} -p n_test {a['n_test']} -p n_top {a['n_top']} -p seed {a['seed']}"
         )
         used = "; ".join(", ".join(sorted(set(map(str, runs[name])))) for name in ("commit", "torch", "device"))
         minutes = runs["train_seconds"].sum() / 60
@@ -257,6 +261,11 @@ class ConfirmedReport(Report):
                 panels[factor] = pd.DataFrame(rows, columns=["level", "mean", "low", "high"])
         return panels
 
+    def _once(self):
+        """One row a training, however many questions it answers."""
+        runs = self.runs.assign(ablated=self.runs["base"] != "")
+        return runs.drop_duplicates([*HYPERPARAMETERS, "n_steps", "ablated"])
+
     def _n_test(self):
         return min(self.about["n_test"], self.task.get("n_samples", {}).get("test", self.about["n_test"]))
 
@@ -299,17 +308,18 @@ class ConfirmedReport(Report):
         mean, *ends = evidence.mean_interval(self.evidence.group("", "role", role)["test_accuracy"])
         ends += evidence.sample_interval(mean, self._n_test())  # seeds and samples both leave something open
         word = "above" if min(ends) > rule else "below" if max(ends) < rule else "not distinguishable from"
-        return f"**The best accuracy is {word} the linear rule**, which scores {100 * rule:.1f} % of the same samples."
+        return f"**The best accuracy is {word} the linear rule**, which scores {100 * rule:.1f} % of test samples."
 
     def _winners_curse(self):
         gaps = self.gaps()
         if len(gaps) < 2:
             return None
-        excess = 100 * (gaps["val_accuracy"] - gaps["test_accuracy"])
-        mean, low, high = evidence.mean_interval(excess)
+        then, now = gaps["val_accuracy"], gaps["test_accuracy"]
+        mean, low, high, _ = (100 * x for x in evidence.compare(then, now, paired=True))
         return (
-            f"**The winner's curse**: tuning scores exceeded confirmed ones by {mean:+.1f} [{low:+.1f}, {high:+.1f}] "
-            f"accuracy points on average over {len(gaps)} trials, by {max(excess):+.1f} at most."
+            f"**The winner's curse{'' if low > 0 else ' is not shown'}**: tuning scores lay {mean:+.1f} [{low:+.1f}, "
+            f"{high:+.1f}] accuracy points from confirmed ones on average over {len(gaps)} trials, and "
+            f"{100 * max(then - now):+.1f} at most."
         )
 
     def _goal(self):
@@ -332,8 +342,8 @@ class ConfirmedReport(Report):
             return ""
         points, ce = levels[max(levels)]
         return (
-            f"Training {'more helps' if ce['effect'] < 0 else 'less helps'}: {max(levels):,.0f} steps instead of "
-            f"{own:,} change CE by {effect(ce)}, and accuracy by {effect(points)}."
+            f"Training longer {'lowers' if ce['effect'] < 0 else 'raises'} CE: {max(levels):,.0f} steps instead of "
+            f"{own:,} change it by {effect(ce)}; accuracy by {effect(points)} ({points['verdict']})."
         )
 
     def _importance_finding(self):
@@ -343,10 +353,10 @@ class ConfirmedReport(Report):
         placebo = f"a placebo ({100 * shares.set_index('name').loc[PLACEBO, 'importance']:.0f} %)"
         above = shares[(shares["name"] != PLACEBO) & shares["beats_placebo"].astype(bool)]
         if above.empty:
-            return f"**Importance**: no hyperparameter's share beats {placebo}; what the bars show is noise."
+            return f"**Importance**: no hyperparameter's share is told from that of {placebo}, which does nothing."
         shown = [(NAMES[name], percent(shares)) for name, *shares, _ in above.itertuples(index=False)]
         said = ", ".join(f"{name} ({share})" for name, share in shown)
-        return f"**Importance**: only {said} beats {placebo}; what the other bars show is noise."
+        return f"**Importance**: only {said} beats {placebo}; the other shares are not told from noise."
 
     def _other_verdicts(self):
         """Verdicts that other records decide: the reproduction's tables and memory."""

@@ -22,7 +22,7 @@ SIZES = ["A_mib", "W_mib", "I_mib"]
 
 
 class MemoryRule(NamedTuple):
-    """MiB = per_activation A + per_parameter W + per_input I + constant; error: median of leave-one-out |error| / MiB.
+    """MiB = per_activation A + per_parameter W + per_input I + constant; error: |error| / MiB of a shape left out.
 
     A, W, I: MiB of one float for each activation of the layers, parameter, and input feature (see terms).
     """
@@ -54,10 +54,11 @@ def fit_rule(sizes, mib):
     if len(mib) < 6:
         raise InputError(f"a rule for memory needs at least six measurements, got {len(mib)}")
     X = np.column_stack([sizes, np.ones(len(mib))]) / mib[:, None]  # every measurement counts by its relative error
-    errors = []
-    for i in range(len(mib)):
-        kept = np.arange(len(mib)) != i
-        errors.append(abs(X[i] @ optimize.nnls(X[kept], np.ones(kept.sum()))[0] - 1))
+    shapes, errors = np.unique(np.round(sizes, 9), axis=0, return_inverse=True)[1].ravel(), []
+    for shape in np.unique(shapes):  # runs of one shape leave together, or each would be predicted by its twins
+        out = shapes == shape
+        coefficients = optimize.nnls(X[~out], np.ones((~out).sum()))[0]
+        errors.append(np.median(abs(X[out] @ coefficients - 1)))
     return MemoryRule(*map(float, optimize.nnls(X, np.ones(len(mib)))[0]), float(np.median(errors)))
 
 
@@ -82,12 +83,12 @@ def predicted(rule, hp, task):
 
 
 def largest_batch(hp, task, device="auto"):
-    """The largest power of two of samples, up to MOST, with which one replica trains a step in the memory free now.
+    """The largest doubling of hp's batch, up to MOST, with which one replica trains a step in the memory free now.
 
     On a CPU each size is tried in a process of its own that may not use more than nine tenths of what is available.
     Returns {"batch_size", "free_mib", "tried_twice"}: tried_twice is whether twice as much was tried, and did not fit.
     """
-    device, size = resolve_device(device), 128
+    device, size = resolve_device(device), hp.batch_size  # which has been trained
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] / 2**20
     else:
@@ -121,7 +122,7 @@ def _one_step(hp, task, device, free_mib):
         cross_entropy(model(batch.x, noise, batch.mask)[0], batch.y).mean().backward()
         optimizer.step()
     except (MemoryError, RuntimeError) as error:  # the CPU's allocator raises a bare RuntimeError
-        if "memory" not in str(error):
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         return False
     return True

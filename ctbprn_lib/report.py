@@ -7,6 +7,7 @@ import re
 import numpy as np
 import optuna
 import pandas as pd
+import yaml
 
 from ctbprn_lib import InputError, evidence
 from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO, edge, load_study, records, study_folder
@@ -272,7 +273,7 @@ class Report:
             f"papermill notebooks/tune.ipynb runs/tune.ipynb -p study_name again -p task {self.task['task']} "
             f"-p n_trials {int(self.trials['state'].isin(['complete', 'pruned']).sum())} -p n_steps {b['n_steps']} "
             f"-p n_replicas {b['n_replicas']} -p objective {q['objective']} -p seed {q['seed']} "
-            f"-p precision {b['precision']}"
+            f"-p precision {b['precision']} -p space reports/{self.name}/space.yaml"
         )
         names = {"commit": "commit", "torch": "torch", "Optuna": "optuna", "Python": "python", "device": "device"}
         used = "; ".join(f"{name} {', '.join(sorted(set(map(str, t[key]))))}" for name, key in names.items())
@@ -303,6 +304,7 @@ class Report:
         studies = self.folder / "optuna_studies"
         studies.mkdir(parents=True, exist_ok=True)
         self.trials.to_csv(self.folder / "optuna_results_detailed.csv", index=False)
+        (self.folder / "space.yaml").write_text(yaml.safe_dump(self.space, sort_keys=False), encoding="utf-8")
         memory = optuna.storages.InMemoryStorage()  # the pickle holds the trials, not the way to a database
         optuna.copy_study(from_study_name=self.name, from_storage=self.study._storage, to_storage=memory)
         with open(studies / "ctbprn_study.pkl", "wb") as file:
@@ -311,6 +313,7 @@ class Report:
             "- Complete trial data: [`optuna_results_detailed.csv`](optuna_results_detailed.csv)",
             "- Optuna study: [`optuna_studies/ctbprn_study.pkl`](optuna_studies/ctbprn_study.pkl) (a pickle runs code "
             "when it is loaded: open only one you trust; this project never reads it)",
+            "- [`space.yaml`](space.yaml): the space that was searched",
         ]
         if (studies / "ctbprn_study.db").exists():
             lines.append("- Database: [`optuna_studies/ctbprn_study.db`](optuna_studies/ctbprn_study.db) (SQLite)")

@@ -8,6 +8,7 @@ import pandas as pd
 
 from ctbprn_lib import confirm, evidence
 from ctbprn_lib.search import study_folder
+from ctbprn_lib.train import Hyperparameters
 
 MARGIN = 0.01  # the smallest difference of accuracy (or of the share routed well) that anybody should care about
 LEVEL = 0.05  # of all tests of a report together
@@ -16,7 +17,7 @@ SAME = "no effect larger than one accuracy point"
 
 
 class Contrast(NamedTuple):
-    """The mean over the good levels of a factor against each other level; base "best" or the role of another run."""
+    """Each good level of a factor against each other level; base "best" or the role of another run."""
 
     base: str
     factor: str
@@ -72,9 +73,13 @@ class Evidence:
     tests: one row a comparison: kind ("confirmed", "ablation", "claim"), base, factor, a, b, score, effect = a - b
     with low and high, p_value and p_equivalence with their Holm-adjusted p_holm and p_equivalence_holm (equivalence:
     accuracies differ by less than MARGIN), sd over seeds, and the verdict on "a is better".
+    n_test: test samples; where they are too few to see a difference of MARGIN, equivalence is not tested.
     """
 
-    def __init__(self, runs):
+    def __init__(self, runs, n_test=8192):
+        runs = runs[
+            (runs["base"] == "") | runs["base"].isin(runs["role"])
+        ]  # a base may have failed where levels have not
         self.n_seeds = int(runs["seed"].max()) + 1
         what, self._groups = ["role", "base", "factor", "level"], {}
         for (role, base, factor, level), rows in runs.sort_values("seed", kind="stable").groupby(
@@ -88,14 +93,20 @@ class Evidence:
         factors = runs[runs["factor"] != ""]
         ablated = [base for base in dict.fromkeys(factors["base"]) if base != TRIAL_2]
         self.base = ablated[0] if ablated else self.best_ce  # what "best" means in a Contrast
+        low, high = evidence.sample_interval(means["test_accuracy"].max(), n_test)
+        self.sees_margin = (high - low) / 2 <= MARGIN
         self.tests = self._all_tests()
 
     def group(self, base, factor, level):
         """{column: (R,)} of one run or None: a level of an ablation, or factor "role" and the role's name."""
         base = self.base if base == BEST else base
-        if factor == "role":
-            return self._groups.get((self.base if level == BEST else level, "", "", None))
-        return self._groups.get(("", base, factor, level))
+        return self._groups.get((level, "", "", None) if factor == "role" else ("", base, factor, level))
+
+    def again(self, role):
+        """{column: (R,)} of a role or "best" as measured for its ablation, by seeds that did not choose it, or None."""
+        role = self.base if role == BEST else role
+        factor = next((factor for base, factor in self.ablated() if base == role), None)
+        return factor and self.group(role, factor, self.own_level(role, factor))
 
     def levels(self, base, factor):
         """The levels of an ablation, in order."""
@@ -116,43 +127,47 @@ class Evidence:
         for role in self.roles:
             for best, score in ((self.best_accuracy, "test_accuracy"), (self.best_ce, "test_ce")):
                 if role != best:
-                    rows.append(self._test("confirmed", "", "role", [role], best, score))
+                    rows.append(self._test("confirmed", "", "role", role, best, score))
         for base, factor in self.ablated():
             own = self.own_level(base, factor)
             for level in self.levels(base, factor):
                 if level != own:
-                    rows += [
-                        self._test("ablation", base, factor, [level], own, s) for s in ("test_accuracy", "test_ce")
-                    ]
+                    rows += [self._test("ablation", base, factor, level, own, s) for s in ("test_accuracy", "test_ce")]
         contrasts = dict.fromkeys(c for _, _, contrasts in CLAIMS for c in contrasts)
-        for base, factor, good, others, score in contrasts:
-            rows += [self._test("claim", base, factor, good, other, score) for other in others]
+        claimed = [(b, f, g, other, score) for b, f, good, others, score in contrasts for g in good for other in others]
+        rows += [self._test("claim", *words) for words in dict.fromkeys(claimed)]
         tests = pd.DataFrame([row for row in rows if row])
         tests["p_holm"] = evidence.holm(tests["p_value"])
         has = tests["p_equivalence"].notna()
+        tests["p_equivalence_holm"] = math.nan
         tests.loc[has, "p_equivalence_holm"] = evidence.holm(tests.loc[has, "p_equivalence"])
         tests["verdict"] = [self._verdict(row) for _, row in tests.iterrows()]
         return tests
 
     def seeds_needed(self, tests):
-        """Seeds a level with which the widest of the tests would find MARGIN in 80 % of reports like this one."""
-        return evidence.seeds_needed(max(test["sd"] for test in tests), MARGIN, LEVEL / len(self.tests))
+        """Seeds a level that would decide all these tests in 80 % of such reports, if effects are as they look.
+
+        An effect further from 0 than from MARGIN shows as a difference first, another as equivalence.
+        """
+        gaps = ((test["sd"], max(abs(test["effect"]), MARGIN - abs(test["effect"]))) for test in tests)
+        needed = max(evidence.seeds_needed(sd, gap, LEVEL / len(self.tests)) for sd, gap in gaps)
+        return max(needed, self.n_seeds + 1)
 
     def _test(self, kind, base, factor, good, other, score):
-        """One row: the mean over the good levels against the other one; None where a level has not been run."""
-        a_groups, b = [self.group(base, factor, level) for level in good], self.group(base, factor, other)
-        if b is None or any(g is None or g is b for g in a_groups):
-            return None
-        a = np.mean([g[score] for g in a_groups], axis=0)
-        b_scores = b[score]
-        if np.isfinite(a).sum() < 2 or np.isfinite(b_scores).sum() < 2:  # the task knows no true area
-            return None
+        """One row: one level against another; None where one has not been run."""
+        if kind == "claim" and factor == "role":
+            a, b = self.again(good), self.again(other)
+        else:
+            a, b = self.group(base, factor, good), self.group(base, factor, other)
+        if a is None or b is None or a is b or min(np.isfinite(g[score]).sum() for g in (a, b)) < 2:
+            return None  # the last: the task knows no true area
         shapes = ["d", "rank", "batch_size", "seq_len", "n_layers"]
-        paired = all(g[name][0] == b[name][0] for g in a_groups for name in shapes)  # the same seeds and shapes
-        found = evidence.compare(a, b_scores, paired)
-        same = math.nan if score == "test_ce" else evidence.equivalence(a, b_scores, MARGIN, paired)
-        sd = math.sqrt((np.nanvar(a, ddof=1) + np.nanvar(b_scores, ddof=1)) / 2)
-        return dict(kind=kind, base=base, factor=factor, a=_said(good), b=_said([other]), score=score, paired=paired,
+        paired = all(a[name][0] == b[name][0] for name in shapes)  # the same seeds and shapes
+        found, same = evidence.compare(a[score], b[score], paired), math.nan
+        if score != "test_ce" and self.sees_margin:
+            same = evidence.equivalence(a[score], b[score], MARGIN, paired)
+        sd = math.sqrt((np.nanvar(a[score], ddof=1) + np.nanvar(b[score], ddof=1)) / 2)
+        return dict(kind=kind, base=base, factor=factor, a=_said(good), b=_said(other), score=score, paired=paired,
                     **found._asdict(), p_equivalence=same, sd=sd)  # fmt: skip
 
     @staticmethod
@@ -172,15 +187,20 @@ class Evidence:
         for quote, decided_by, contrasts in CLAIMS:
             tests = [t for c in contrasts for t in self.of(c)]
             verdict, detail = (others or {}).get(quote, ("not tested yet", ""))
-            if contrasts and len(tests) == sum(len(c.others) for c in contrasts):
-                words = [t["verdict"] for t in tests]
-                verdict = next(w for w in (REFUTED, UNDECIDED, SAME, SUPPORTED) if w in words)
-                detail = "; ".join(f"against {_at(t)}: {effect(t)}" for t in tests)
+            if contrasts and len(tests) == sum(len(c.good) * len(c.others) for c in contrasts):
+                words = {t["verdict"] for t in tests}
+                # worse than a rival refutes; better than some, and from the others not a point away, supports
+                verdict = next((w for w in (REFUTED, UNDECIDED) if w in words), SAME if words == {SAME} else SUPPORTED)
+                detail = "; ".join(f"{_at(t)}: {effect(t)}" for t in tests)
                 if verdict == UNDECIDED:
                     more = self.seeds_needed([t for t in tests if t["verdict"] == UNDECIDED])
-                    detail += f". About {more} seeds a level would decide it"
+                    detail += f". If the effects are what they look like, about {more} seeds a level would decide it"
             elif contrasts and self.base == TRIAL_2 and contrasts[0].factor == "role":
-                verdict, detail = SUPPORTED, "it is the best confirmed configuration"
+                rivals = self.tests[(self.tests["kind"] == "confirmed") & (self.tests["b"] == TRIAL_2)]
+                verdict = UNDECIDED if (rivals["p_holm"] >= LEVEL).any() else SUPPORTED
+                detail = "it is the best confirmed configuration" + ", but not told from all others" * (
+                    verdict != SUPPORTED
+                )
             rows.append({"claim": quote, "decided_by": decided_by, "verdict": verdict, "detail": detail})
         return pd.DataFrame(rows)
 
@@ -189,30 +209,38 @@ class Evidence:
         base, factor, good, others, score = contrast
         t = self.tests
         mine = (t["kind"] == "claim") & (t["base"] == base) & (t["factor"] == factor) & (t["score"] == score)
-        mine &= (t["a"] == _said(good)) & t["b"].isin([_said([other]) for other in others])
+        mine &= t["a"].isin([_said(g) for g in good]) & t["b"].isin([_said(other) for other in others])
         return [row for _, row in t[mine].iterrows()]
 
     def next_space(self, space):
         """The space for the next search: decided evidence alone changes the one that was searched.
 
-        A level is dead, and dropped, if it costs more than MARGIN against the base by a decided effect; a range ends at
-        the outermost tested level inside it that is not dead. A tested level outside the space joins it if it is
-        better than the base by a decided effect.
+        A level is dead, and dropped, if it is decidedly worse than the base, by more than MARGIN; a range ends at the
+        outermost tested level inside it that is not dead. A tested level outside the space joins it if it is the base's
+        own or decidedly better.
         """
         t, new = self.tests, {}
         t = t[(t["kind"] == "ablation") & (t["base"] == self.base) & (t["score"] == "test_accuracy")]
         for name, entry in space.items():
-            mine = t[t["factor"] == name].set_index("a")
+            if (self.base, name) not in self.ablated():
+                new[name] = entry
+                continue
+            mine, kind = t[t["factor"] == name].set_index("a"), type(getattr(Hyperparameters, name))
             dead = set(mine[(mine["verdict"] == REFUTED) & (mine["effect"] < -MARGIN)].index)
-            better = set(mine[mine["verdict"] == SUPPORTED].index)
+            better = {*mine[mine["verdict"] == SUPPORTED].index, _said(self.own_level(self.base, name))}
             tested = self.levels(self.base, name)
             if isinstance(entry, list):
-                kept = {x for x in entry if _said([x]) not in dead} | {x for x in tested if _said([x]) in better}
-                new[name] = sorted(type(entry[0])(x) for x in kept) or entry
-                continue
-            ends = {entry["low"], entry["high"]} | {x for x in tested if entry["low"] <= x <= entry["high"]}
-            kept = {x for x in ends if _said([x]) not in dead} | {x for x in tested if _said([x]) in better}
-            new[name] = entry | {"low": min(kept), "high": max(kept)} if len(kept) > 1 else entry
+                inside = entry
+            else:
+                low, high = entry["low"], entry["high"]
+                inside = {low, high} | {x for x in tested if low <= x <= high}
+            kept = sorted(
+                {kind(x) for x in inside if _said(x) not in dead} | {kind(x) for x in tested if _said(x) in better}
+            )
+            if isinstance(entry, list):
+                new[name] = kept
+            else:
+                new[name] = entry | {"low": kept[0], "high": kept[-1]} if len(kept) > 1 else entry
         return new
 
 
@@ -231,12 +259,13 @@ def from_reproduction(trial_1, trial_2, published):
     published: the published accuracy of trial 2.
     """
     mean, low, high = evidence.mean_interval(trial_2["test_accuracy"])
+    there = REFUTED if not low <= published <= high else UNDECIDED
+    there = SUPPORTED if max(published - low, high - published) <= MARGIN else there
     ce = evidence.compare(trial_1["test_ce"], trial_2["test_ce"])
     gap = evidence.compare(trial_1["test_accuracy"], trial_2["test_accuracy"])
     lower = SUPPORTED if ce.high < 0 and gap.high < 0 else REFUTED if ce.low > 0 or gap.low > 0 else UNDECIDED
     return {
-        CLAIMS[6][0]: (SUPPORTED if low <= published <= high else REFUTED,
-                       f"on fresh samples {100 * mean:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"),
+        CLAIMS[6][0]: (there, f"on fresh samples {100 * mean:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"),
         CLAIMS[7][0]: (lower, f"trial 1 has {ce.effect:+.3f} [{ce.low:+.3f}, {ce.high:+.3f}] nats and "
                        f"{100 * gap.effect:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}] points beside trial 2 "
                        "on fresh samples"),
@@ -263,29 +292,43 @@ def simulated_runs(n_seeds, rng, effects=None, accuracy=0.97, spread=0.15):
     base = dict(lr=0.0012, d=64, rank=16, temperature=1.3, batch_size=16, seq_len=128, n_layers=2, n_steps=500)
     ladder = {name: confirm.LADDER[name] for name in ("lr", "d", "rank", "temperature", "batch_size")}
     ladder |= {"seq_len": (32, 64, 128), "batch_size, equal samples": (8, 16, 32, 64), "n_steps": (250, 500, 1000)}
-    plan = [(role, "", "", math.nan) for role in ("trial 7", "trial 3", "published trial 1", TRIAL_2, "defaults")]
-    plan += [("", "trial 7", f, x) for f, xs in ladder.items() for x in sorted({*xs, base.get(f, 16)})]
-    plan += [("", TRIAL_2, "seq_len", x) for x in (32, 64, 128)]
+    roles = ("trial 7", "trial 3", "published trial 1", TRIAL_2, "defaults")
     rows, drawn = [], {}
-    for role, of, factor, level in plan:
+
+    def draw(role, of, factor, level):
         name = factor.removesuffix(", equal samples")
-        key = role or (of if level == base[name] else (of, factor, level))  # the base itself is one run, not two
+        key = (
+            (of, level == base[name] or (factor, level)) if of else role
+        )  # the base's own level is one run in all factors
         if key not in drawn:
             error = (1 - accuracy) * np.exp(spread * rng.normal(size=n_seeds) - spread**2 / 2)
             error = error - (effects or {}).get((factor, level), 0)
             drawn[key] = error, 2.4 * error
         for s, (error, ce) in enumerate(zip(*drawn[key], strict=True)):
             scores = dict(seed=s, test_accuracy=1 - error, test_ce=ce, route_accuracy=1 - error)
-            rows.append(dict(role=role, base=of, factor=factor, level=level) | base | {name: level} | scores)
-    return pd.DataFrame(rows).drop(columns="")
+            changed = {name: level} if of else {}
+            rows.append(dict(role=role, base=of, factor=factor, level=level) | base | changed | scores)
+        return drawn[key][1].mean()
+
+    ce = {role: draw(role, "", "", math.nan) for role in roles}
+    best = min(roles, key=ce.get)
+    for factor, levels in ladder.items():
+        for level in sorted({*levels, base[factor.removesuffix(", equal samples")]}):
+            draw("", best, factor, level)
+    if best != TRIAL_2:
+        for level in (32, 64, 128):
+            draw("", TRIAL_2, "seq_len", level)
+    return pd.DataFrame(rows)
 
 
-def _said(levels):
-    return " and ".join(level if isinstance(level, str) else f"{level:g}" for level in levels)
+def _said(level):
+    return level if isinstance(level, str) else f"{level:g}"
 
 
 def _at(test):
-    name = {"batch_size": "batch ", "seq_len": ""}.get(test["factor"], "")
+    """What is compared with what, as people read it."""
+    if test["factor"] == "role":
+        return f"{test['a']} against {'the best' if test['b'] == BEST else test['b']}"
     place = " at published trial 2's settings" if test["base"] == TRIAL_2 else ""
     samples = " (equal samples)" if test["factor"].endswith("equal samples") else ""
-    return f"{name}{'the best' if test['b'] == BEST else test['b']}{place}{samples}"
+    return f"{test['a']} against {test['b']}{place}{samples}"

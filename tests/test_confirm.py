@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import optuna
 import pytest
 
 from ctbprn_lib import InputError, confirm, evidence, search, tasks
@@ -76,6 +77,30 @@ def test_a_confirmed_score_is_that_of_a_training_with_seeds_that_tuning_never_ha
     assert not set(seeds.generate_state(2, np.uint64).tolist()) & set(np.ravel(used).tolist())
 
 
+def test_the_best_is_measured_afresh_when_it_is_ablated(confirmation):
+    hp = Hyperparameters(d=4, rank=2, batch_size=4, seq_len=8)
+    chosen, own = confirm.Run("trial 3", hp, 2), confirm.Run("", hp, 2, "trial 3", "d", 4)
+    other = confirm.Run("", hp, 2, "trial 3", "rank", 2)
+    records = confirmation.train([chosen, own, other])
+    assert len(records) == 2  # its own level is one run, whatever is moved
+    assert records[confirmation.key(chosen)]["test_ce"] != records[confirmation.key(own)]["test_ce"]
+
+
+def test_records_of_another_precision_are_not_mixed_and_failures_are_tried_again(confirmation):
+    run = confirm.Run("defaults", Hyperparameters(d=4, rank=2, batch_size=4, seq_len=8), 2)
+    for record in (
+        {"precision": "bf16", "device": "CPU"},
+        {"precision": "fp32", "device": "NVIDIA"},
+        {"failure": "oom"},
+    ):
+        attrs = record | {"key": confirmation.key(run), "mean_test_ce": -1.0}
+        confirmation.study.add_trial(optuna.create_trial(value=-1.0, user_attrs=attrs))
+    done = []
+    confirmation.train([run], lambda *words: done.append(words))
+    assert len(done) == 1
+    confirmation.train([run], lambda *words: pytest.fail("trained again"))
+
+
 def test_what_is_done_is_kept_and_only_the_rest_is_trained(confirmation, monkeypatch):
     runs = [confirm.Run(str(n), Hyperparameters(lr=n * 1e-3, d=4, rank=2, batch_size=4, seq_len=8), 2) for n in (1, 2)]
     first = confirmation.train(runs[:1])
@@ -126,7 +151,7 @@ def test_records_have_a_row_for_each_role_and_seed_and_chance_where_a_seed_diver
     bad = confirm.Run("", Hyperparameters(lr=1e30, d=4, rank=2, batch_size=4, seq_len=8), 3, "defaults", "lr", 1e30)
     assert confirm.records("made") == (None, None)
     confirmation.train([good, bad])
-    confirmation.write_plan([good, bad], {"linear rule": 0.9}, None)
+    confirmation.write_plan([good, bad], 3, {"linear rule": 0.9}, None)
     rows, about = confirm.records("made")
     assert len(rows) == 6 and about["n_seeds"] == 3 and about["baselines"] == {"linear rule": 0.9}
     worst = rows[rows["factor"] == "lr"]

@@ -53,7 +53,7 @@ def test_equivalence_is_shown_by_small_differences_and_many_seeds_only():
     assert np.mean(np.array(at_the_margin) < 0.05) == pytest.approx(0.05, abs=0.02)
     shared = rng.normal(0, 1, 8)
     assert evidence.equivalence(shared + rng.normal(0, 1e-3, 8), shared, 0.01, paired=True) < 0.001
-    assert evidence.equivalence([1, 1], [1, 1], 0.01) == 0 and evidence.equivalence([1, 1], [0.5, 0.5], 0.01) == 1
+    assert evidence.equivalence([1, 1], [1, 1], 0.01) == 1 == evidence.equivalence([1, 1], [0.5, 0.5], 0.01)
 
 
 def test_the_seeds_that_are_said_to_be_needed_find_what_they_shall():
@@ -110,7 +110,8 @@ def test_pairs_remove_what_both_share():
 
 def test_scores_without_spread_are_compared_without_a_warning():
     assert evidence.compare([1, 1, 1], [1, 1]).p_value == 1
-    assert evidence.compare([1, 1, 1], [0.5, 0.5]).p_value == 0
+    assert evidence.compare([1, 1, 1], [0.5, 0.5]) == (0.5, 0.5, 0.5, 1)  # no spread, no test
+    assert evidence.compare([0.975, 1], [0.95, 0.975], paired=True).p_value == 1
 
 
 def test_few_samples_leave_much_open():
