@@ -72,7 +72,7 @@ def _check_value(name, value, kind):
         refuse("a whole number above 0, or 0 for all tokens")
     if name == "seed" and not 0 <= value < 2**32:
         refuse("a whole number from 0 to 2**32 - 1")
-    if name in ("study_name", "tested_by") and value:
+    if name in ("study_name", "tested_by", "like") and value:
         study_folder(value)
     if name == "storage":
         storage_url("any", value)

@@ -74,6 +74,18 @@ def test_explore_runs_on_tasks_with_and_without_a_true_area(project):
     assert len(list((project / "reports" / "explore" / "plots").glob("*.png"))) == 3
 
 
+def test_reproduce_and_benchmark_run_and_are_published(project):
+    sizes = {"reproduce": "n_seeds=4 n_fresh_seeds=2 n_samples=64 n_spread_seeds=2 max_steps=5 n_curve_seeds=2",
+             "benchmark": "n_sets=50 n_reports=2 n_power=2"}  # fmt: skip
+    for name, words in sizes.items():
+        done = project.papermill(name, *(word.split("=") for word in words.split()))
+        assert done.returncode == 0, done.stderr
+        assert project.python("-m", "ctbprn_lib.publish", f"runs/{name}.ipynb", name).returncode == 0
+        text = (project / "reports" / name / "report.md").read_text()
+        assert "## Reproduce this report" in text and "Traceback" not in text
+    assert "30 of 30 hyperparameters of trials 0 to 4" in (project / "reports" / "reproduce" / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
