@@ -1,16 +1,13 @@
 """A confirmed study's report: the sections of report.py, written from verdicts instead of tuning scores."""
 
-import itertools
 import json
 
-import numpy as np
 import pandas as pd
 import yaml
 
-from ctbprn_lib import confirm, evidence, memory, published, search, verdicts
+from ctbprn_lib import confirm, evidence, memory, published, search, tasks, verdicts
 from ctbprn_lib.report import NAMES, Report, escape, nats, percent, sections, span, table, value
 from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO
-from ctbprn_lib.train import Hyperparameters
 from ctbprn_lib.verdicts import BEST, LEVEL, REFUTED, SAME, SUPPORTED, TRIAL_2, UNDECIDED, Contrast, effect
 
 FACTORS = NAMES | {"batch_size, equal samples": "Batch size at equal samples", "n_steps": "Length of training"}
@@ -87,7 +84,7 @@ class ConfirmedReport(Report):
         for base, factor in self.evidence.ablated():
             rows = [
                 [self._level(factor, level), effect(points), effect(ce), words[points["verdict"]]]
-                for level, (points, ce) in self._levels(base, factor).items()
+                for level, (points, ce) in self.evidence.moved(base, factor).items()
             ]
             own = self._level(factor, self.evidence.own_level(base, factor))
             header = ["Level", "Accuracy", "CE", "Verdict on accuracy"]
@@ -124,7 +121,7 @@ class ConfirmedReport(Report):
         findings += [self._against_rule(), self._winners_curse(), self._goal()]
         undecided = []
         for base, factor in e.ablated():
-            decided = [p for p, _ in self._levels(base, factor).values() if p["verdict"] in (SUPPORTED, REFUTED)]
+            decided = [p for p, _ in self.evidence.moved(base, factor).values() if p["verdict"] in (SUPPORTED, REFUTED)]
             if base == e.base and decided:
                 own = self._level(factor, e.own_level(base, factor))
                 said = "; ".join(f"{self._level(factor, float(p['a']))}: {effect(p)}" for p in decided)
@@ -143,7 +140,7 @@ class ConfirmedReport(Report):
         production = [f"Use {role}: {settings}, {steps}. {self._like('test_ce')}"]
         for factor in ("d", "rank", "batch_size", "seq_len"):
             own = e.own_level(e.base, factor)
-            smaller = [pair for level, pair in self._levels(e.base, factor).items() if level < own]
+            smaller = [pair for level, pair in self.evidence.moved(e.base, factor).items() if level < own]
             good = [points for points, ce in smaller
                     if points["verdict"] in (SAME, SUPPORTED) and ce["verdict"] != REFUTED]  # fmt: skip
             if good:
@@ -178,7 +175,7 @@ class ConfirmedReport(Report):
     def undecided(self):
         e, lines = self.evidence, []
         for base, factor in e.ablated():
-            open_ones = [p for p, _ in self._levels(base, factor).values() if p["verdict"] == UNDECIDED]
+            open_ones = [p for p, _ in self.evidence.moved(base, factor).values() if p["verdict"] == UNDECIDED]
             if open_ones:
                 levels = ", ".join(self._level(factor, float(p["a"])) for p in open_ones)
                 lines.append(
@@ -251,16 +248,6 @@ class ConfirmedReport(Report):
                 rows.append({"trial": row.name} | then | dict(now))
         return pd.DataFrame(rows)
 
-    def panels(self):
-        """{factor: DataFrame of level, mean, low, high in accuracy} of the best configuration's ablations."""
-        e, panels = self.evidence, {}
-        for base, factor in e.ablated():
-            if base == e.base:
-                groups = {level: e.group(base, factor, level) for level in e.levels(base, factor)}
-                rows = [(level, *evidence.mean_interval(group["test_accuracy"])) for level, group in groups.items()]
-                panels[factor] = pd.DataFrame(rows, columns=["level", "mean", "low", "high"])
-        return panels
-
     def _once(self):
         """One row a training, however many questions it answers."""
         runs = self.runs.assign(ablated=self.runs["base"] != "")
@@ -275,15 +262,6 @@ class ConfirmedReport(Report):
     def _score(self, role, name):
         interval = evidence.mean_interval(self.evidence.group("", "role", role)[name])
         return percent(interval) if name == "test_accuracy" else f"{nats(interval)} nats"
-
-    def _levels(self, base, factor):
-        """{level: (accuracy test, CE test)} of an ablation, without the base's own level."""
-        t = self.evidence.tests
-        mine = t[(t["kind"] == "ablation") & (t["base"] == base) & (t["factor"] == factor)]
-        pairs = [tuple(row for _, row in mine[mine["a"] == a].iterrows()) for a in dict.fromkeys(mine["a"])]
-        own = self.evidence.own_level(base, factor)
-        levels = [level for level in self.evidence.levels(base, factor) if level != own]
-        return dict(zip(levels, pairs, strict=True))
 
     @staticmethod
     def _level(factor, level):
@@ -337,7 +315,7 @@ class ConfirmedReport(Report):
     def _longer(self):
         """What the longest training does, if that is decided."""
         e = self.evidence
-        own, levels = e.own_level(e.base, "n_steps"), self._levels(e.base, "n_steps")
+        own, levels = e.own_level(e.base, "n_steps"), self.evidence.moved(e.base, "n_steps")
         if not levels or max(levels) < own or levels[max(levels)][1]["p_holm"] >= LEVEL:
             return ""
         points, ce = levels[max(levels)]
@@ -361,24 +339,11 @@ class ConfirmedReport(Report):
     def _other_verdicts(self):
         """Verdicts that other records decide: the reproduction's tables and memory."""
         found, folder = {}, search.REPORTS / "reproduce"
-        quotes = [quote for quote, _, _ in verdicts.CLAIMS]
         if (folder / "trial_1_seeds.csv").exists():
             one, two = (pd.read_csv(folder / f"trial_{n}_seeds.csv").dropna() for n in (1, 2))
             found |= verdicts.from_reproduction(one, two, published.TABLE.loc[2, "val_accuracy"])
-        levels = {name: self.space[name] for name in ("d", "rank", "batch_size", "seq_len")}
-        if self.memory and all(isinstance(entry, list) for entry in levels.values()):
-            shapes = (dict(zip(levels, shape, strict=True)) for shape in itertools.product(*levels.values()))
-            need = np.array([memory.predicted(self.memory, Hyperparameters(**shape), self.task) for shape in shapes])
+        if self.memory and self.about["largest_batch"]:
             mine = memory.predicted(self.memory, published.hyperparameters(2), self.task)
-            less = (need < mine).mean()
-            found[quotes[15]] = (
-                REFUTED if less > 0 else SUPPORTED,
-                f"trial 2 needs {mine:.0f} MiB a replica by the fitted rule, and {100 * less:.0f} % of the space's "
-                f"shapes need less (down to {need.min():.0f} MiB): little, but not the least",
-            )
-        if largest := self.about["largest_batch"]:
-            size = largest["batch_size"]
-            found[quotes[16]] = (
-                SUPPORTED if size > 32 else REFUTED, f"a batch of {size:,} trains in {largest['free_mib']:,} MiB",
-            )  # fmt: skip
+            need = memory.over_space(self.memory, search.default_space(tasks.RoutingTask()), self.task)
+            found |= verdicts.from_memory(mine, need, self.about["largest_batch"])
         return found

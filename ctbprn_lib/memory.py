@@ -1,5 +1,6 @@
 """Peak memory: a rule fitted to what was measured, and the largest batch that fits this machine."""
 
+import itertools
 import resource
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -15,7 +16,7 @@ from ctbprn_lib import InputError
 from ctbprn_lib.confirm import pool
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.search import hyperparameters
-from ctbprn_lib.train import cross_entropy, gumbel_noise, resolve_device, untrained
+from ctbprn_lib.train import Hyperparameters, cross_entropy, gumbel_noise, resolve_device, untrained
 
 MOST = 2**16  # samples: nobody trains with more
 SIZES = ["A_mib", "W_mib", "I_mib"]
@@ -80,6 +81,13 @@ def predicted(rule, hp, task):
     """MiB that one replica of hp takes by the rule."""
     model = CTBPRN(task["n_features"], hp.d, hp.rank, task["n_areas"], hp.n_layers)
     return float(rule.predict(terms(hp, task, 1, sum(p.numel() for p in model.parameters()))))
+
+
+def over_space(rule, space, task):
+    """(n,) MiB that one replica of every shape of a space with levels takes by the rule."""
+    levels = {name: space[name] for name in ("d", "rank", "batch_size", "seq_len")}
+    shapes = (dict(zip(levels, shape, strict=True)) for shape in itertools.product(*levels.values()))
+    return np.array([predicted(rule, Hyperparameters(**shape), task) for shape in shapes])
 
 
 def largest_batch(hp, task, device="auto"):

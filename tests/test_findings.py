@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 from statsmodels.stats.multitest import multipletests
 from test_report import References, made
 
-from ctbprn_lib import confirm, findings, report, search, tasks, verdicts
+from ctbprn_lib import confirm, findings, report, search, simulate, tasks
 from ctbprn_lib.verdicts import REFUTED, SAME, SUPPORTED, UNDECIDED
 
 EFFECTS = {("d", 32): -0.03, ("rank", 4): -0.02, ("n_steps", 1000): 0.02, ("seq_len", 32): -0.1}
@@ -24,7 +24,7 @@ EFFECTS = {("d", 32): -0.03, ("rank", 4): -0.02, ("n_steps", 1000): 0.02, ("seq_
 def confirmed(n_seeds=8, name="made", effects=EFFECTS, spread=0.07):
     """Invented confirmed scores beside an invented study, kept as confirm.ipynb keeps them."""
     study = search.load_study(name)
-    runs = verdicts.simulated_runs(n_seeds, np.random.default_rng(3), effects, spread=spread)
+    runs = simulate.runs(n_seeds, np.random.default_rng(3), effects, spread=spread)
     kept = optuna.create_study(study_name=f"{name}/confirm", storage=study._storage)
     plan, keys = [], {}
     for (role, base, factor, level), rows in runs.groupby(["role", "base", "factor", "level"], dropna=False):

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctbprn_lib import search, tasks, verdicts
-from ctbprn_lib.verdicts import REFUTED, SAME, SUPPORTED, UNDECIDED, Evidence, simulated_runs
+from ctbprn_lib import search, simulate, tasks, verdicts
+from ctbprn_lib.verdicts import REFUTED, SAME, SUPPORTED, UNDECIDED, Evidence
 
 GOLDEN = Path(__file__).parent / "golden"
 NOTHING_MATTERS = 100  # simulated reports
@@ -15,7 +15,7 @@ SPACE = search.default_space(tasks.RoutingTask())
 
 
 def report(n_seeds=8, seed=0, **kwargs):
-    return Evidence(simulated_runs(n_seeds, np.random.default_rng(seed), **kwargs))
+    return Evidence(simulate.runs(n_seeds, np.random.default_rng(seed), **kwargs))
 
 
 def verdict_of(evidence, claim):
@@ -79,23 +79,23 @@ def test_an_effect_that_needs_few_seeds_is_still_not_decided_by_those_there_are(
 def test_what_no_run_can_decide_is_not_tested_yet_unless_another_record_decides_it():
     evidence = report()
     assert verdict_of(evidence, "Current configuration uses") == "not tested yet"
-    quote = verdicts.CLAIMS[6][0]
+    quote = verdicts.SCORED
     claims = evidence.claims({quote: (REFUTED, "as measured")}).set_index("claim")
     assert tuple(claims.loc[quote, ["verdict", "detail"]]) == (REFUTED, "as measured")
-    lacking = simulated_runs(8, np.random.default_rng(0))
+    lacking = simulate.runs(8, np.random.default_rng(0))
     lacking = lacking[~((lacking["factor"] == "rank") & (lacking["level"] == 32))]
     assert verdict_of(Evidence(lacking), "Router rank of 16") == "not tested yet"
 
 
 def test_few_test_samples_show_no_equivalence():
-    runs = simulated_runs(8, np.random.default_rng(0), spread=0.05)
+    runs = simulate.runs(8, np.random.default_rng(0), spread=0.05)
     assert (Evidence(runs, 8192).tests["verdict"] == SAME).any()
     few = Evidence(runs, 40).tests
     assert not (few["verdict"] == SAME).any() and few["p_equivalence"].isna().all()
 
 
 def test_levels_of_a_base_that_failed_are_left_out():
-    runs = simulated_runs(8, np.random.default_rng(0))
+    runs = simulate.runs(8, np.random.default_rng(0))
     assert "published trial 2" in set(runs["base"])
     kept = Evidence(runs[runs["role"] != "published trial 2"])
     assert {base for base, _ in kept.ablated()} == {kept.base}
@@ -150,11 +150,19 @@ def test_the_reproduction_decides_two_claims():
     assert words(low, two)[0] == UNDECIDED  # the interval holds 78.13 %, and nearly everything else
 
 
+def test_memory_decides_two_claims():
+    need, largest = np.array([10.0, 50.0, 90.0]), {"batch_size": 512, "free_mib": 8000}
+    words = [verdict for verdict, _ in verdicts.from_memory(50, need, largest).values()]
+    assert words == [REFUTED, SUPPORTED]
+    words = [verdict for verdict, _ in verdicts.from_memory(10, need, largest | {"batch_size": 32}).values()]
+    assert words == [SUPPORTED, REFUTED]
+
+
 def test_recorded_verdicts_are_read_back_and_newer_ones_win(reports):
     quotes = [quote for quote, _, _ in verdicts.CLAIMS]
     assert {row[2] for row in verdicts.recorded_claims("made", {})} == {"not tested yet"}
     (reports / "made").mkdir()
     report().claims().to_csv(reports / "made" / "claims.csv", index=False)
-    rows = list(verdicts.recorded_claims("made", {quotes[6]: (REFUTED, "newer")}))
+    rows = list(verdicts.recorded_claims("made", {verdicts.SCORED: (REFUTED, "newer")}))
     assert [row[0] for row in rows] == quotes
     assert rows[6][2:] == (REFUTED, "newer") and rows[1][2] in (SAME, UNDECIDED)
