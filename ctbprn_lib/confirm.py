@@ -180,6 +180,9 @@ class Confirmation:
                 _train(self.task, run, self.budget, self.n_test, self.seed, str(self.device), made)
             content = {"study": self.name, "role": run.role, "hyperparameters": asdict(run.hyperparameters),
                        "n_steps": run.n_steps, "task": self.task.description}  # fmt: skip
+            content["class_names"] = list(self.task.class_names)
+            if hasattr(self.task, "standardised"):
+                content["standardised"] = self.task.standardised
             for kind in ("test_accuracy", "test_ce"):
                 mean, low, high = evidence.mean_interval(_no_gaps(record, kind))
                 content[kind] = dict(mean=mean, low=low, high=high, seeds=record[kind])

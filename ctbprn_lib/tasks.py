@@ -167,6 +167,8 @@ class ArrayTask:
         std = np.sqrt((np.where(weight, seen - mean, 0) ** 2).sum((0, 2), keepdims=True) / count)
         x = np.where(mask[:, None, :, None], (x - mean) / np.where(std > 1e-12, std, 1), 0).astype(np.float32)
 
+        # what a new recording needs before the network of this task can read it
+        self.standardised = {"mean": mean[0, :, 0].tolist(), "std": std[0, :, 0].tolist()}  # (K,F)
         self.n_areas, self.n_tokens, self.n_features, self.n_classes = K, T, F, len(classes)
         self.class_names = tuple(str(c) for c in classes)
         self.n_samples = {name: int((split == name).sum()) for name in SPLITS}

@@ -365,7 +365,9 @@ def test_confirm_runs_goes_on_and_ends_in_a_report(project):
     assert done.returncode == 0, done.stderr
     folder = project / "reports" / "s"
     assert "## Confirmed results" in (folder / "report.md").read_text()
-    assert json.loads((folder / "best_ce.json").read_text())["task"]["task"] == "uea:BasicMotions"
+    best = json.loads((folder / "best_ce.json").read_text())
+    assert best["task"]["task"] == "uea:BasicMotions" and len(best["class_names"]) == 4
+    assert np.shape(best["standardised"]["mean"]) == np.shape(best["standardised"]["std"]) == (2, 3)
     runs = pd.read_csv(folder / "confirmed.csv")
     again = project.papermill("confirm", *words)
     assert again.returncode == 0 and " of " not in again.stderr.split("best accuracy:")[0].split("n_top")[-1]

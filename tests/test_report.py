@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from ctbprn_lib import InputError, report, search, tasks
+from ctbprn_lib import InputError, report, search, tasks, train
+from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.train import Budget
 
 ROOT = Path(__file__).parent.parent
@@ -218,6 +219,26 @@ def test_the_readme_says_what_the_committed_report_says():
     assert f"{trials[1]} trials (" in best and f"of {trials[2]} steps" in best
     coin = re.search(r"78.1 % in (\d+\.\d) %", " ".join(measured.split()))[1]
     assert f"**{coin} % [" in (ROOT / "reports" / "reproduce" / "report.md").read_text()
+
+
+def test_the_readmes_four_lines_load_the_best_network(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code = (ROOT / "README.md").read_text().split("## The best network in four lines")[1].split("```")[1]
+    lines = code.removeprefix("python\n").splitlines()
+    scope = {}
+    exec("\n".join(lines), scope)
+    assert len(lines) == 4 and scope["logits"].shape == (1, 5, 2) and scope["route_logits"].shape == (1, 2, 5, 2)
+
+
+def test_the_saved_networks_score_what_their_files_say():
+    for name in ("best_accuracy", "best_ce"):
+        content = json.loads((ROOT / "reports" / "ctbprn" / f"{name}.json").read_text())
+        model = CTBPRN.load(ROOT / "reports" / "ctbprn" / content["weights"]["file"])
+        seq_len = content["hyperparameters"]["seq_len"]
+        scores = train.score(model, tasks.RoutingTask(), "test", 1024, seq_len)
+        sd = (content["weights"]["test_accuracy"] * (1 - content["weights"]["test_accuracy"]) / 1024) ** 0.5
+        assert abs(scores["test_accuracy"][0] - content["weights"]["test_accuracy"]) < 4 * sd
+        assert 0.9 < content["test_accuracy"]["low"] < content["test_accuracy"]["mean"] < 1
 
 
 def test_text_from_outside_stays_text():
