@@ -224,7 +224,7 @@ def test_findings_name_what_matters_and_nothing_else(folder):
 def test_claims_carry_their_verdicts_and_count_up(folder, tables):
     text, claims = folder[1]["claims"], tables["claims"]
     counts = claims["verdict"].value_counts()
-    first = text.splitlines()[0]
+    first = text.strip().splitlines()[0]
     assert f"Of {len(claims)} claims" in first
     assert all(f"{n} {word}" in first for word, n in counts.items())
     assert set(counts.index) <= {SUPPORTED, REFUTED, SAME, UNDECIDED, "not tested yet"}
