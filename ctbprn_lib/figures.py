@@ -111,15 +111,19 @@ def importance(ax, table):
     return ax
 
 
-def ablation(ax, panel, own, name):
+def ablation(ax, panel, own, title):
     """Accuracy of each level (DataFrame of level, mean, low, high) with its interval; own marks the base's level."""
     at = np.arange(len(panel))
     bars = 100 * np.array([panel["mean"] - panel["low"], panel["high"] - panel["mean"]])
     ax.errorbar(at, 100 * panel["mean"], yerr=bars, fmt="o", ms=5, lw=1, color=BLUE)
     mine = panel["level"].to_numpy() == own
     ax.plot(at[mine], 100 * panel["mean"][mine], "o", ms=8, color=RED)
-    ax.set_xticks(at, [f"{level:.3g}" for level in panel["level"]], rotation=45 if len(panel) > 5 else 0)
-    ax.set(xlabel=name, xlim=(-0.5, len(panel) - 0.5))
+    ax.set_xticks(
+        at,
+        [f"{level:.3g}" if level < 1000 else f"{level:,.0f}" for level in panel["level"]],
+        rotation=45 if len(panel) > 5 else 0,
+    )
+    ax.set(xlabel=title, xlim=(-0.5, len(panel) - 0.5))
     return ax
 
 

@@ -268,7 +268,9 @@ def effect(test):
         said = f"{test['effect']:+.3f} [{test['low']:+.3f}, {test['high']:+.3f}] nats"
     else:
         said = "{:+.1f} [{:+.1f}, {:+.1f}] points".format(*(100 * test[k] for k in ("effect", "low", "high")))
-    return f"{said}, {'p < 0.001' if test['p_holm'] < 0.001 else 'p = {:.3f}'.format(test['p_holm'])}"
+    p = test["p_holm"]
+    digits = 4 if p < LEVEL <= round(p, 3) else 3  # a decided p is not printed as if it were not
+    return f"{said}, {'p < 0.001' if p < 0.001 else f'p = {p:.{digits}f}'}"
 
 
 def from_reproduction(trial_1, trial_2, published):

@@ -87,6 +87,12 @@ def test_what_no_run_can_decide_is_not_tested_yet_unless_another_record_decides_
     assert verdict_of(Evidence(lacking), "Router rank of 16") == "not tested yet"
 
 
+def test_a_decided_p_is_printed_as_decided():
+    test = dict(score="test_accuracy", effect=0.01, low=0.005, high=0.015)
+    said = {p: verdicts.effect(test | {"p_holm": p}).split("p ")[1] for p in (0.0496, 0.0504, 0.0002, 0.2)}
+    assert said == {0.0496: "= 0.0496", 0.0504: "= 0.050", 0.0002: "< 0.001", 0.2: "= 0.200"}
+
+
 def test_few_test_samples_show_no_equivalence():
     runs = simulate.runs(8, np.random.default_rng(0), spread=0.05)
     assert (Evidence(runs, 8192).tests["verdict"] == SAME).any()
