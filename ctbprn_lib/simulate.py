@@ -9,7 +9,7 @@ from ctbprn_lib.confirm import LADDER
 from ctbprn_lib.verdicts import TRIAL_2
 
 
-def runs(n_seeds, rng, effects=None, accuracy=0.97, spread=0.15):
+def runs(n_seeds, rng, effects=None, accuracy=0.97, spread=0.25):
     """Made-up confirm.records of an ordinary report in which only effects act: {(factor, level): share of accuracy}.
 
     Errors are lognormal over seeds (skewed, near 0): spread is the standard deviation of their logarithm.

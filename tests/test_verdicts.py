@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctbprn_lib import search, simulate, tasks, verdicts
+from ctbprn_lib import evidence, search, simulate, tasks, verdicts
 from ctbprn_lib.verdicts import REFUTED, SAME, SUPPORTED, UNDECIDED, Evidence
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -18,8 +18,8 @@ def report(n_seeds=8, seed=0, **kwargs):
     return Evidence(simulate.runs(n_seeds, np.random.default_rng(seed), **kwargs))
 
 
-def verdict_of(evidence, claim):
-    rows = evidence.claims().set_index("claim")
+def verdict_of(made, claim):
+    rows = made.claims().set_index("claim")
     return next(row["verdict"] for quote, row in rows.iterrows() if claim in quote)
 
 
@@ -39,10 +39,14 @@ def test_where_nothing_matters_hardly_any_report_says_that_something_does():
     assert wrong < 10, wrong
 
 
-def test_an_effect_of_two_points_is_found_at_the_default_size():
+def test_an_effect_of_two_points_is_found_by_as_many_seeds_as_the_report_says():
+    """With the spread of reports/ctbprn 8 seeds find it in about two reports of three, and the report asks for more."""
+    tests = report().tests
+    sd = tests.loc[tests["score"] == "test_accuracy", "sd"].median()
+    assert 8 < evidence.seeds_needed(sd, 0.02, verdicts.LEVEL / len(tests)) <= 16
     found = []
     for seed in range(25):
-        made = report(seed=seed, effects={("rank", 4): -0.02, ("lr", 1e-4): -0.02})
+        made = report(16, seed, effects={("rank", 4): -0.02, ("lr", 1e-4): -0.02})
         t = made.tests
         tests = t[(t["kind"] == "ablation") & (t["base"] == made.base) & (t["score"] == "test_accuracy")]
         tests = tests.set_index(["factor", "a"]).sort_index()
@@ -52,11 +56,11 @@ def test_an_effect_of_two_points_is_found_at_the_default_size():
 
 def test_verdicts_follow_the_effects():
     effects = {("d", 32): -0.03, ("d", 128): -0.03, ("seq_len", 32): -0.05, ("seq_len", 64): 0.015}
-    evidence = report(effects=effects, spread=0.05)
-    assert verdict_of(evidence, "64-96") == SUPPORTED
-    assert verdict_of(evidence, "Larger sequence lengths") == REFUTED  # 64 is better than 128
-    assert verdict_of(evidence, "Router rank of 16") == SAME
-    assert verdict_of(evidence, "dimension to 96") == SAME
+    made = report(effects=effects, spread=0.05)
+    assert verdict_of(made, "64-96") == SUPPORTED
+    assert verdict_of(made, "Larger sequence lengths") == REFUTED  # 64 is better than 128
+    assert verdict_of(made, "Router rank of 16") == SAME
+    assert verdict_of(made, "dimension to 96") == SAME
     # better than 32, and the same as the others: that supports it
     assert verdict_of(report(effects={("rank", 4): -0.03}, spread=0.05), "Router rank of 16") == SUPPORTED
     assert verdict_of(report(spread=1.0), "Router rank of 16") == UNDECIDED
@@ -77,10 +81,10 @@ def test_an_effect_that_needs_few_seeds_is_still_not_decided_by_those_there_are(
 
 
 def test_what_no_run_can_decide_is_not_tested_yet_unless_another_record_decides_it():
-    evidence = report()
-    assert verdict_of(evidence, "Current configuration uses") == "not tested yet"
+    made = report()
+    assert verdict_of(made, "Current configuration uses") == "not tested yet"
     quote = verdicts.SCORED
-    claims = evidence.claims({quote: (REFUTED, "as measured")}).set_index("claim")
+    claims = made.claims({quote: (REFUTED, "as measured")}).set_index("claim")
     assert tuple(claims.loc[quote, ["verdict", "detail"]]) == (REFUTED, "as measured")
     lacking = simulate.runs(8, np.random.default_rng(0))
     lacking = lacking[~((lacking["factor"] == "rank") & (lacking["level"] == 32))]
