@@ -72,9 +72,10 @@ def folder(request, tmp_path_factory):
 
 
 PIECES = ("raw_data", "summary", "best_parameters", "confirmed_results", "ablation", "claims", "key_findings",
-          "recommendations", "undecided", "measured", "reproduce")  # fmt: skip
+          "recommendations", "undecided", "measured", "reproduce", "all_trials")  # fmt: skip
 TITLES = {
     "raw_data": "Raw Data",
+    "all_trials": "Complete Trial Results",
     "best_parameters": "Best Parameters Found",
     "claims": "What the original report's claims come to",
     "key_findings": "Key Findings",
@@ -296,6 +297,32 @@ def test_what_is_recommended_is_the_best_by_ce(folder, tables):
         runs.loc[runs["role"] == best, "test_ce"].mean()))  # fmt: skip
     done = tables["trials"].query("state == 'complete'")["peak_mem_mib"]
     assert f"from {done.min():.0f} to {done.max():.0f} MiB" in text
+
+
+def test_how_much_was_done_is_counted(folder, tables):
+    _, pieces = folder
+    trials, runs, about = tables["trials"], tables["confirmed"], tables["about"]
+    states = trials["state"].value_counts()
+    assert f"{len(trials)} trials (" in pieces["summary"] and f"{states['complete']} complete" in pieces["summary"]
+    n_replicas = len([name for name in trials if name.startswith("val_ce_") and name[-1].isdigit()])
+    done = trials.loc[trials["state"] == "complete", "n_steps"].iloc[0]
+    assert f"each {n_replicas} trainings (replicas) of {done} steps" in pieces["summary"]
+    roles = runs["role"].dropna().nunique()
+    assert f"{roles} configurations were trained again with {about['n_seeds']} fresh seeds" in pieces["summary"]
+    assert f"{about['n_test']:,} test samples" in pieces["summary"]
+    assert f"took {trials['train_seconds'].sum() / 60:.1f} minutes" in pieces["reproduce"]
+    once = runs.assign(ablated=runs["base"].notna())
+    once = once.drop_duplicates([*search.HYPERPARAMETERS, "n_steps", "ablated"])
+    minutes = f"{len(once)} configurations, {once['train_seconds'].sum() / 60:.1f} minutes"
+    assert minutes in pieces["reproduce"]
+    tests = tables["comparisons"]
+    assert f"{tests['p_equivalence'].notna().sum()} equivalence tests" in pieces["measured"]
+    for _, row in trials.iterrows():
+        if row["state"] == "complete":
+            line = next(x for x in pieces["all_trials"].splitlines() if x.startswith(f"| {row['trial']} |"))
+            ends = [100 * row[f"val_accuracy{end}"] for end in ("", "_low", "_high")]
+            assert "{:.1f} [{:.1f}, {:.1f}]".format(*ends) in line
+            assert "{:.3f} [{:.3f}, {:.3f}]".format(*(row[f"val_ce{end}"] for end in ("", "_low", "_high"))) in line
 
 
 def test_memory_is_recomputed(folder, tables):
