@@ -310,7 +310,8 @@ class ConfirmedReport(Report):
         if reached["test_ce"] > GOAL["test_ce"]:
             missed.append(f"CE by {reached['test_ce'] - GOAL['test_ce']:.3f} nats")
         goal = f"The goal of {100 * GOAL['test_accuracy']:.1f} % and {GOAL['test_ce']} nats"
-        return f"**{goal} is {'missed' if missed else 'reached'}**: {' and '.join(missed) or 'both'}. {self._longer()}".rstrip()
+        said = f"**{goal} is {'missed' if missed else 'reached'}**: {' and '.join(missed) or 'both'}."
+        return f"{said} {self._longer()}".rstrip()
 
     def _longer(self):
         """What the longest training does, if that is decided."""
