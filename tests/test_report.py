@@ -224,7 +224,7 @@ def test_the_readme_says_what_the_committed_report_says():
 def test_the_readmes_four_lines_load_the_best_network(monkeypatch):
     monkeypatch.chdir(ROOT)
     code = (ROOT / "README.md").read_text().split("## The best network in four lines")[1].split("```")[1]
-    lines = code.removeprefix("python\n").splitlines()
+    lines = [line for line in code.removeprefix("python\n").splitlines() if line]
     scope = {}
     exec("\n".join(lines), scope)
     assert len(lines) == 4 and scope["logits"].shape == (1, 5, 2) and scope["route_logits"].shape == (1, 2, 5, 2)
