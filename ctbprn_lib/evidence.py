@@ -88,15 +88,16 @@ def equivalence(a, b, margin, paired=False):
     return float(test[0])
 
 
-def seeds_needed(sd, margin, alpha, power=0.8):
-    """Seeds a side with which a true difference of margin is found (Welch, level alpha) in a share power of reports.
+def seeds_needed(sd, margin, alpha, paired=False, power=0.8):
+    """Seeds a side with which compare finds a true difference of margin at level alpha in a share power of reports.
 
-    sd: of one score over seeds, in the units of margin.
+    sd: of one score over seeds, or, if paired, of the differences; in the units of margin.
     """
 
     def found(n):  # statsmodels has it too, but gives NaN where little is missing to certainty
-        critical = stats.t.ppf(1 - alpha / 2, 2 * n - 2)
-        return stats.nct.sf(critical, 2 * n - 2, min(margin / max(sd, 1e-12), 100) * (n / 2) ** 0.5)
+        freedom, standard_errors = (n - 1, n**0.5) if paired else (2 * n - 2, (n / 2) ** 0.5)
+        critical = stats.t.ppf(1 - alpha / 2, freedom)
+        return stats.nct.sf(critical, freedom, min(margin / max(sd, 1e-12), 100) * standard_errors)
 
     enough = 2
     while found(enough) < power:

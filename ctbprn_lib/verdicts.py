@@ -77,7 +77,7 @@ class Evidence:
     runs: confirm.records; the best configuration is the role that was ablated.
     tests: one row a comparison: kind ("confirmed", "ablation", "claim"), base, factor, a, b, score, effect = a - b
     with low and high, p_value and p_equivalence with their Holm-adjusted p_holm and p_equivalence_holm (equivalence:
-    accuracies differ by less than MARGIN), sd over seeds, and the verdict on "a is better".
+    accuracies differ by less than MARGIN), sd over seeds (if paired, of differences), and the verdict on "a is better".
     n_test: test samples; where they are too few to see a difference of MARGIN, equivalence is not tested.
     """
 
@@ -167,9 +167,12 @@ class Evidence:
 
         An effect further from 0 than from MARGIN shows as a difference first, another as equivalence.
         """
-        gaps = ((test["sd"], max(abs(test["effect"]), MARGIN - abs(test["effect"]))) for test in tests)
-        needed = max(evidence.seeds_needed(sd, gap, LEVEL / len(self.tests)) for sd, gap in gaps)
-        return max(needed, self.n_seeds + 1)
+        gaps = [max(abs(test["effect"]), MARGIN - abs(test["effect"])) for test in tests]
+        return max(self.n_seeds + 1, *map(self.seeds_to_find, tests, gaps))
+
+    def seeds_to_find(self, test, gap):
+        """Seeds a level with which a test of this spread shows a difference of gap in 80 % of such reports."""
+        return evidence.seeds_needed(test["sd"], gap, LEVEL / len(self.tests), test["paired"])
 
     def _test(self, kind, base, factor, good, other, score):
         """One row: one level against another; None where one has not been run."""
@@ -184,7 +187,9 @@ class Evidence:
         found, same = evidence.compare(a[score], b[score], paired), math.nan
         if score != "test_ce" and self.sees_margin:
             same = evidence.equivalence(a[score], b[score], MARGIN, paired)
-        sd = math.sqrt((np.nanvar(a[score], ddof=1) + np.nanvar(b[score], ddof=1)) / 2)
+        sd = np.nanstd(a[score] - b[score], ddof=1)
+        if not paired:
+            sd = math.sqrt((np.nanvar(a[score], ddof=1) + np.nanvar(b[score], ddof=1)) / 2)
         return dict(kind=kind, base=base, factor=factor, a=_said(good), b=_said(other), score=score, paired=paired,
                     **found._asdict(), p_equivalence=same, sd=sd)  # fmt: skip
 

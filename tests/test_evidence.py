@@ -61,6 +61,9 @@ def test_the_seeds_that_are_said_to_be_needed_find_what_they_shall():
     rng = np.random.default_rng(0)
     found = [evidence.compare(rng.normal(0.02, 0.02, n), rng.normal(0, 0.02, n)).p_value < 0.05 for _ in range(2000)]
     assert 0.78 < np.mean(found) < 0.9
+    pairs = evidence.seeds_needed(0.02, 0.02, 0.05, paired=True)
+    found = [evidence.compare(rng.normal(0.02, 0.02, pairs), np.zeros(pairs), True).p_value < 0.05 for _ in range(2000)]
+    assert 0.78 < np.mean(found) < 0.9
     assert evidence.seeds_needed(0.02, 0.01, 0.05) > n < evidence.seeds_needed(0.02, 0.02, 0.001)
     assert evidence.seeds_needed(1e-9, 0.01, 0.05) == 2
 

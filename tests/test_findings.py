@@ -1,7 +1,7 @@
 """A confirmed report: every number of its prose is recomputed here from the CSV and JSON files beside it."""
 
+import itertools
 import json
-import math
 import re
 from pathlib import Path
 
@@ -148,6 +148,8 @@ def test_every_comparison_is_recomputed_from_the_runs(tables):
         test = stats.ttest_rel(a, b) if t["paired"] else stats.ttest_ind(a, b, equal_var=False)
         ends = test.confidence_interval()
         expected = (np.mean(a) - np.mean(b), ends.low, ends.high, test.pvalue)
+        sd = np.std(a - b, ddof=1) if t["paired"] else np.sqrt((np.var(a, ddof=1) + np.var(b, ddof=1)) / 2)
+        assert t["sd"] == pytest.approx(sd, rel=1e-6)
         assert tuple(t[["effect", "low", "high", "p_value"]]) == pytest.approx(expected, rel=1e-6)
     np.testing.assert_allclose(tests["p_holm"], multipletests(tests["p_value"], method="holm")[1], rtol=1e-6)
     has = tests["p_equivalence"].notna()
@@ -174,6 +176,21 @@ def test_the_best_are_the_best_of_the_confirmed_table(folder, tables):
         if role.startswith("trial"):
             trial = tables["trials"].set_index("trial").loc[int(role.split()[1])]
             assert float(cells[4]) == pytest.approx(100 * trial["val_accuracy"], abs=0.051)
+
+
+def enough(sd, gap, paired, n_tests):
+    """The smallest n with which the noncentral t exceeds its bound in 80 % of cases, one n after the other."""
+    for n in range(2, 5000):
+        freedom, root = (n - 1, n**0.5) if paired else (2 * n - 2, (n / 2) ** 0.5)
+        if stats.nct.sf(stats.t.ppf(1 - 0.025 / n_tests, freedom), freedom, gap / sd * root) >= 0.8:
+            return n
+
+
+def would_decide(tables, test):
+    """Seeds that show an undecided effect as a difference, or as smaller than a point, whichever is nearer."""
+    gap = max(abs(test["effect"]), 0.01 - abs(test["effect"]))
+    needed = enough(test["sd"], gap, test["paired"], len(tables["comparisons"]))
+    return max(needed, n_seeds(tables) + 1)
 
 
 def effects_in(text):
@@ -243,7 +260,13 @@ def test_nothing_undecided_is_recommended(folder, tables):
     for name in space:
         changed = space[name] != default[name]
         assert changed <= (name in set(decided["factor"])), name
-        assert changed == (f"{report.NAMES[name]}: search" in pieces["recommendations"])
+        said_so = f"{report.NAMES[name]}: search {in_words(space[name])} instead of {in_words(default[name])}."
+        assert changed == (said_so in pieces["recommendations"])
+
+
+def in_words(entry):
+    ends = [f"{x:.10g}" for x in (entry if isinstance(entry, list) else (entry["low"], entry["high"]))]
+    return ", ".join(ends) if isinstance(entry, list) else " to ".join(ends) + " (log)" * bool(entry.get("log"))
 
 
 def cannot_be_told(tables, score):
@@ -264,25 +287,33 @@ def test_how_many_cannot_be_told_from_the_best_is_counted(folder, tables):
 
 
 def test_the_seeds_that_would_decide_are_recomputed(folder, tables):
-    """The smallest n with which the noncentral t exceeds its bound in 80 % of cases, one n after the other."""
-    tests = tables["comparisons"]
-    last = tests["score"] == "test_accuracy"
-
-    def enough(sd, margin):
-        for n in range(2, 5000):
-            t = stats.t.ppf(1 - 0.025 / len(tests), 2 * n - 2)
-            if stats.nct.sf(t, 2 * n - 2, margin / sd * math.sqrt(n / 2)) >= 0.8:
-                return n
-
-    undecided = tests[last & (tests["kind"] == "ablation") & (tests["verdict"] == UNDECIDED)]
-    effects = undecided["effect"].abs()
-    gaps = np.maximum(effects, 0.01 - effects)  # shown as a difference, or as smaller than a point
-    needed = [enough(sd, gap) for sd, gap in zip(undecided["sd"], gaps, strict=True)]
+    tests, pieces = tables["comparisons"], folder[1]
+    accuracy = tests["score"] == "test_accuracy"
+    undecided = tests[accuracy & (tests["kind"] == "ablation") & (tests["verdict"] == UNDECIDED)]
+    needed = [would_decide(tables, test) for _, test in undecided.iterrows()]
     groups = undecided.assign(needed=needed).groupby(["base", "factor"])["needed"].max()
-    quoted = [int(n) for n in re.findall(r"about (\d+) seeds a level would decide it in", folder[1]["undecided"])]
-    assert sorted(quoted) == pytest.approx(sorted(max(n, n_seeds(tables) + 1) for n in groups), abs=1)
-    quoted = int(re.search(r"it takes (\d+) seeds", folder[1]["measured"])[1])
-    assert quoted == pytest.approx(enough(tests.loc[last, "sd"].median(), 0.02), abs=1)
+    quoted = [int(n) for n in re.findall(r"about (\d+) seeds a level would decide it in", pieces["undecided"])]
+    assert sorted(quoted) == pytest.approx(sorted(groups), abs=1)
+    for paired, word in ((False, "scores vary"), (True, "pairs differ")):
+        sd = tests.loc[accuracy & (tests["paired"] == paired), "sd"].median()
+        quoted = re.search(rf"(\d+) seeds where {word} by ([\d.]+) points", pieces["measured"])
+        assert int(quoted[1]) == pytest.approx(enough(sd, 0.02, paired, len(tests)), abs=1)
+        assert float(quoted[2]) == pytest.approx(100 * sd, abs=0.0051)
+
+
+@pytest.mark.parametrize("folder", ["committed"], indirect=True)  # the invented one leaves no claim undecided
+def test_the_seeds_an_undecided_claim_asks_for_are_those_of_its_own_comparisons(folder, tables):
+    tests, quoted = tables["comparisons"], 0
+    for _, claim in tables["claims"].iterrows():
+        if found := re.search(r"about (\d+) seeds a level would decide it", str(claim["detail"])):
+            effects = effects_in(claim["detail"])
+            mine = tests[(tests["kind"] == "claim") & (tests["verdict"] == UNDECIDED)]
+            known = mine[["effect", "low", "high"]].to_numpy()
+            mine = mine[[any((abs(row - effect) < 0.00051).all() for effect in effects) for row in known]]
+            needed = max(would_decide(tables, test) for _, test in mine.iterrows())
+            assert int(found[1]) == pytest.approx(needed, abs=1), claim["claim"]
+            quoted += 1
+    assert quoted == tables["claims"]["detail"].str.contains("would decide it", na=False).sum() > 0
 
 
 def test_what_is_recommended_is_the_best_by_ce(folder, tables):
@@ -315,6 +346,13 @@ def test_how_much_was_done_is_counted(folder, tables):
     once = once.drop_duplicates([*search.HYPERPARAMETERS, "n_steps", "ablated"])
     minutes = f"{len(once)} configurations, {once['train_seconds'].sum() / 60:.1f} minutes"
     assert minutes in pieces["reproduce"]
+    asked = optuna.load_study(
+        study_name=folder[0].name, storage=f"sqlite:///{folder[0]}/optuna_studies/ctbprn_study.db"
+    )
+    budget = asked.user_attrs["fingerprint"]["budget"]
+    assert f"for {budget['n_steps']} steps" in pieces["measured"] and budget["n_steps"] == done
+    assert f"on {budget['n_validation']:,} validation samples" in pieces["measured"]
+    assert f"gradient norm at most {budget['clip']:g} a replica" in pieces["measured"]
     tests = tables["comparisons"]
     assert f"{tests['p_equivalence'].notna().sum()} equivalence tests" in pieces["measured"]
     for _, row in trials.iterrows():
@@ -336,6 +374,27 @@ def test_memory_is_recomputed(folder, tables):
     largest, said_of_memory = tables["about"]["largest_batch"], pieces["recommendations"]
     assert f"batch of {largest['batch_size']:,} in the {largest['free_mib']:,} MiB" in said_of_memory
     assert f"all {len(tables['comparisons'])} p-values" in pieces["measured"]
+    assert f"{rule['per_activation']:.1f} A + {rule['per_parameter']:.1f} W" in pieces["recommendations"]
+    claim = next(row for _, row in tables["claims"].iterrows() if "minimal GPU memory" in row["claim"])
+
+    def need(d, rank, batch_size, seq_len):  # of one replica, two areas, two layers and 64 features
+        column, shared = 6 * d * d + 3 * d, 4 * rank * d + d * d + d + 4 * d + 4 * d * d + 2 * d + 4 * d + 2
+        weights = 2 * (2 * column + shared) + 2 * (64 * d + d) + 4 * d + 4 * d + 2
+        tokens = 2 * batch_size * seq_len
+        sizes = [
+            tokens * d * 2 * rule["per_activation"],
+            weights * rule["per_parameter"],
+            tokens * 64 * rule["per_input"],
+        ]
+        return 4 * sum(sizes) / 2**20 + rule["constant"]
+
+    space = np.array(
+        [need(*shape) for shape in itertools.product((32, 64, 96), (4, 8, 16), (8, 16, 32), (32, 64, 128))]
+    )
+    trial_2 = need(64, 16, 32, 128)
+    share = f"{100 * (space < trial_2).mean():.0f} % of the published shapes need less (down to {space.min():.0f} MiB)"
+    assert f"trial 2 needs {trial_2:.0f} MiB" in claim["detail"] and share in claim["detail"]
+    assert f"a batch of {largest['batch_size']:,} trains in {largest['free_mib']:,} MiB" in pieces["claims"]
 
 
 def test_importance_is_said_as_the_table_has_it(folder, tables):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctbprn_lib import evidence, search, simulate, tasks, verdicts
+from ctbprn_lib import search, simulate, tasks, verdicts
 from ctbprn_lib.verdicts import REFUTED, SAME, SUPPORTED, UNDECIDED, Evidence
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -41,12 +41,13 @@ def test_where_nothing_matters_hardly_any_report_says_that_something_does():
 
 def test_an_effect_of_two_points_is_found_by_as_many_seeds_as_the_report_says():
     """With the spread of reports/ctbprn 8 seeds find it in about two reports of three, and the report asks for more."""
-    tests = report().tests
-    sd = tests.loc[tests["score"] == "test_accuracy", "sd"].median()
-    assert 8 < evidence.seeds_needed(sd, 0.02, verdicts.LEVEL / len(tests)) <= 16
+    made = report()
+    accuracy = made.tests[made.tests["score"] == "test_accuracy"].groupby("paired")["sd"].median()
+    needed = [made.seeds_to_find({"sd": sd, "paired": paired}, 0.02) for paired, sd in accuracy.items()]
+    assert 8 < needed[0] < needed[1] <= 20  # pairs have half the degrees of freedom
     found = []
     for seed in range(25):
-        made = report(16, seed, effects={("rank", 4): -0.02, ("lr", 1e-4): -0.02})
+        made = report(max(needed), seed, effects={("rank", 4): -0.02, ("lr", 1e-4): -0.02})
         t = made.tests
         tests = t[(t["kind"] == "ablation") & (t["base"] == made.base) & (t["score"] == "test_accuracy")]
         tests = tests.set_index(["factor", "a"]).sort_index()
@@ -71,13 +72,15 @@ def test_an_undecided_claim_says_how_many_seeds_would_decide_it():
     undecided = claims[claims["verdict"] == UNDECIDED]
     assert len(undecided) and undecided["detail"].str.contains(r"about \d+ seeds a level would decide it").all()
     made = report()
-    narrow, wide, close = ([{"sd": sd, "effect": x}] for sd, x in ((0.01, 0.0), (0.03, 0.0), (0.01, 0.004)))
+    narrow, wide, close = (
+        [{"sd": sd, "effect": x, "paired": False}] for sd, x in ((0.01, 0.0), (0.03, 0.0), (0.01, 0.004))
+    )
     needed = [made.seeds_needed(tests) for tests in (narrow, wide, close, narrow + wide)]
     assert 8 < needed[0] < needed[2] < needed[1] == needed[3]
 
 
 def test_an_effect_that_needs_few_seeds_is_still_not_decided_by_those_there_are():
-    assert report().seeds_needed([{"sd": 1e-4, "effect": 0.2}]) == 9
+    assert report().seeds_needed([{"sd": 1e-4, "effect": 0.2, "paired": True}]) == 9
 
 
 def test_what_no_run_can_decide_is_not_tested_yet_unless_another_record_decides_it():
