@@ -18,8 +18,10 @@ import pandas as pd
 import torch
 
 from ctbprn_lib import InputError, evidence, published, search
+from ctbprn_lib.device import precision_context, resolve_device, resolve_precision
 from ctbprn_lib.model import CTBPRN
-from ctbprn_lib.train import Budget, Hyperparameters, fit, precision_context, resolve_device, resolve_precision, score
+from ctbprn_lib.scoring import score
+from ctbprn_lib.train import Budget, Hyperparameters, fit
 
 # First spawn keys of the seeds: none has been used for tuning, and the best of the confirmed is measured afresh when it
 # is ablated, or every comparison with it would start from its luck.

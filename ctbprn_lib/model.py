@@ -5,7 +5,6 @@ batched matrix products: no Python loop runs over replicas or areas. Letters: R 
 T tokens, F input features, d width, r router rank, L layers, C classes.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ctbprn_lib import InputError
+from ctbprn_lib.checkpoint import digest
 
 
 def _linear(weight, x, bias=None):
@@ -90,7 +90,7 @@ class CTBPRN(nn.Module):
 
     n_features F, d width, rank r, n_areas K, n_layers L, n_classes C; temperature a float or one per replica;
     stem: a Linear F -> d per area before the first layer (without it F must equal d, the original's network);
-    seed: R seeds, or one from which replica r takes seed + r.
+    seed: R seeds, or one from which replica r takes seed + r; None leaves all weights 0, for values from elsewhere.
     Raises InputError for sizes that make no network.
     """
 
@@ -118,6 +118,8 @@ class CTBPRN(nn.Module):
         self.head_bias = nn.Parameter(torch.zeros(R, K * d))
         self.head_weight = nn.Parameter(torch.zeros(R, C, K * d))
         self.head_c = nn.Parameter(torch.zeros(R, C))
+        if seed is None:
+            return
         seeds = [seed + r for r in range(R)] if isinstance(seed, int) else list(seed)
         if len(seeds) != R:
             raise InputError(f"seed must be one number or {R}, one a replica, got {len(seeds)}")
@@ -155,7 +157,7 @@ class CTBPRN(nn.Module):
         params = {n.removeprefix(prefix): torch.as_tensor(a) for n, a in params.items() if n.startswith(prefix)}
         n_layers = 1 + max(int(name.split(".")[1]) for name in params if name.startswith("steps."))
         K, d, r = params["steps.0.router.U"].shape
-        model = cls(d, d, r, K, n_layers, params["head.2.weight"].shape[0], temperature, stem=False)
+        model = cls(d, d, r, K, n_layers, params["head.2.weight"].shape[0], temperature, stem=False, seed=None)
         model._set_replica(0, params)
         return model
 
@@ -188,7 +190,7 @@ class CTBPRN(nn.Module):
     @torch.no_grad()
     def replica(self, r):
         """Replica r as a network of its own (R = 1)."""
-        alone = CTBPRN(**self.config | {"n_replicas": 1})
+        alone = CTBPRN(**self.config | {"n_replicas": 1}, seed=None)
         for ours, theirs in zip(alone.state_dict().values(), self.state_dict().values(), strict=True):
             ours.copy_(theirs[r : r + 1])
         return alone
@@ -198,7 +200,7 @@ class CTBPRN(nn.Module):
         from safetensors.torch import save_file
 
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        metadata = {"ctbprn": json.dumps(self.config), "sha256": _sha256(state)}
+        metadata = {"ctbprn": json.dumps(self.config), "sha256": digest(state)}
         save_file(state, str(path), metadata=metadata)
 
     @classmethod
@@ -217,22 +219,14 @@ class CTBPRN(nn.Module):
             raise InputError(f"{path}: not a whole safetensors file ({error})") from None
         if not {"ctbprn", "sha256"} <= set(metadata):
             raise InputError(f"{path}: a safetensors file, but not one that CTBPRN.save wrote")
-        if _sha256(state) != metadata["sha256"]:
+        if digest(state) != metadata["sha256"]:
             raise InputError(f"{path}: the weights do not match their SHA-256; the file is damaged")
         try:
-            model = cls(**json.loads(metadata["ctbprn"]))
+            model = cls(**json.loads(metadata["ctbprn"]), seed=None)
             model.load_state_dict(state)
         except (ValueError, TypeError, RuntimeError) as error:
             raise InputError(f"{path}: the configuration does not fit the weights ({error})") from None
         return model
-
-
-def _sha256(state):
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(f"{name} {tuple(state[name].shape)} {state[name].dtype}".encode())
-        digest.update(state[name].numpy().tobytes())
-    return digest.hexdigest()
 
 
 def draw_initial_values(config):

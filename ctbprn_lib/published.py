@@ -14,8 +14,9 @@ import torch._dynamo  # torch.optim imports it on first use: a second of import,
 
 from ctbprn_lib import __version__
 from ctbprn_lib.model import CTBPRN, draw_initial_values
+from ctbprn_lib.scoring import cross_entropy, score
 from ctbprn_lib.tasks import RoutingTask
-from ctbprn_lib.train import Hyperparameters, cross_entropy, score
+from ctbprn_lib.train import Hyperparameters
 
 COLUMNS = ["trial", "val_accuracy", "ce_loss", "lr", "d", "rank", "temperature", "batch_size", "seq_len"]
 # The ten rows of the published report, as printed there.

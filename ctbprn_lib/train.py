@@ -1,29 +1,21 @@
 """R replicas of one configuration, trained together, and scored on the task's held-out samples."""
 
-import ctypes
-import sys
+import copy
+import functools
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ctbprn_lib import InputError
+from ctbprn_lib import checkpoint as checkpoints
+from ctbprn_lib.device import PRECISIONS, PeakMemory, captured, precision_context, resolve_device, resolve_precision
 from ctbprn_lib.model import CTBPRN
+from ctbprn_lib.scoring import cross_entropy, named, totals
 
-PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 SCHEDULES = ("one_cycle", "constant")
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-if hasattr(LIBC, "mallopt"):
-    # glibc gives each large tensor fresh pages and hands them back at once, and half of a step goes into page faults;
-    # with no mmap (M_MMAP_MAX = -4), no trimming (M_TRIM_THRESHOLD = -1) and growth by 256 MiB (M_TOP_PAD = -2) it
-    # keeps them. PeakMemory trims once a fit.
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
-        LIBC.mallopt(option, value)
-SCORING_BYTES = 8 * 2**20  # of one activation while scoring: bounds memory and stays near the caches
+CHECKPOINT_SECONDS = 30  # a training shorter than this is cheaper to repeat than to keep
 
 
 @dataclass(frozen=True)
@@ -95,131 +87,203 @@ class Fit:
         return self.curves["val_accuracy"][-1]
 
 
-def fit(hyperparameters, task, budget=None, seed=0, device="auto", on_eval=None):
+class Training:
+    """R replicas of one shape in training.
+
+    All that a step or a scoring touches lives on the device and stays in its place, so that a GPU replays each as one
+    CUDA graph, captured once for all trainings of a shape: start sets everything else in place.
+    loss_sum (R,) since it was last zeroed, diverged (R,) the step (from 1) of the first loss that was not finite, or 0.
+    """
+
+    def __init__(self, shape, task, budget, device, precision):
+        self.task, self.budget, R = task, budget, budget.n_replicas
+        self.autocast, self.memory = precision_context(precision, device), PeakMemory(device)
+        self.shape, self.model = shape, _model(shape, task, R, None).to(device)
+        self.parameters = list(self.model.parameters())
+        self.generator = torch.Generator(device)
+        self.rate = torch.zeros((), device=device)
+        self.rates = torch.zeros(budget.n_steps + 3, device=device)  # three: a graph's warm-up
+        on_gpu = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.rate, fused=True, capturable=on_gpu)
+        for p in self.parameters:  # as AdamW would make it at its first step
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
+        self.taken = torch.zeros(1, dtype=torch.long, device=device)
+        self.loss_sum, self.diverged = torch.zeros(R, device=device), torch.zeros(R, dtype=torch.long, device=device)
+        self.totals = torch.zeros(3, R, dtype=torch.double, device=device)
+        self.step, self._replay_scoring = captured(self._step, self.generator), captured(self._score, self.generator)
+        self._mib = self.memory.mib() if on_gpu else None  # a replay allocates nothing, so later there is no peak
+
+    def start(self, hyperparameters, seed):
+        """Begin anew, as untrained begins: initial values, AdamW's moments, rates and random draws."""
+        model, generator = untrained(hyperparameters, self.task, self.budget.n_replicas, seed)
+        self.generator.manual_seed(generator.initial_seed())
+        with torch.no_grad():
+            for ours, theirs in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
+                ours.copy_(theirs)
+        for tensor in self._progress().values():
+            tensor.zero_()
+        self.loss_sum.zero_()
+        self.rates[: self.budget.n_steps] = rates(self.budget.schedule, hyperparameters.lr, self.budget.n_steps)
+
+    def state(self):
+        """{name: CPU tensor} of all that changes from one scoring to the next."""
+        tensors = {**self.model.state_dict(), **self._progress(), "draws": self.generator.get_state()}
+        return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def restore(self, state):
+        """Go on from a state of a training of the same shape.  Raises InputError if it is of another one."""
+        mine = self.state()
+        if {n: (t.shape, t.dtype) for n, t in mine.items()} != {n: (t.shape, t.dtype) for n, t in state.items()}:
+            raise InputError("its tensors are not those of this training")
+        self.generator.set_state(state["draws"])
+        for name, tensor in {**self.model.state_dict(), **self._progress()}.items():
+            tensor.copy_(state[name])
+
+    def _progress(self):
+        moments = enumerate(self.optimizer.state.values())
+        return {"taken": self.taken, "diverged": self.diverged} | {
+            f"adamw.{i}.{name}": tensor for i, state in moments for name, tensor in state.items()
+        }
+
+    def scores(self):
+        """Noise-free validation scores of each replica, as score gives them."""
+        self._replay_scoring()
+        return named(self.totals, self.n_scored, "validation")
+
+    def peak_mem_mib(self):
+        """CUDA's own figure; on the CPU the process's peak growth."""
+        return self.memory.mib() if self._mib is None else self._mib
+
+    def _step(self):
+        hp = self.shape
+        batch = self.task.draw(self.budget.n_replicas, hp.batch_size, self.generator, hp.seq_len)
+        noise = gumbel_noise((*batch.y.shape[:1], hp.n_layers, hp.batch_size, self.task.n_areas), self.generator)
+        with self.autocast():
+            logits, _ = self.model(batch.x, noise, batch.mask)
+        loss = cross_entropy(logits, batch.y).mean(1)  # (R,); summed, each replica gets the gradient of a solo run
+        loss.sum().backward()
+        clip_gradients(self.parameters, self.budget.clip)
+        self.rate.copy_(self.rates.index_select(0, self.taken)[0])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss = loss.detach()
+        self.taken.add_(1)
+        self.loss_sum.add_(loss)
+        self.diverged.copy_(torch.where((self.diverged == 0) & ~loss.isfinite(), self.taken, self.diverged))
+
+    def _score(self):
+        args = "validation", self.budget.n_validation, self.shape.seq_len, self.autocast
+        sums, self.n_scored = totals(self.model, self.task, *args)
+        self.totals.copy_(sums)
+
+
+_captured_once = functools.lru_cache(128)(Training)  # for GPUs, where making one means capturing two graphs
+
+
+def fit(hyperparameters, task, budget=None, seed=0, device="auto", on_eval=None, checkpoint=None):
     """Train R replicas at once and return their Fit.
 
     seed: an int or a numpy SeedSequence; initial values, batches and noise of every replica follow from it, so on one
     CPU the same call gives the same bits. on_eval(fit) is called after each scoring and may raise to stop.
+    checkpoint: a file in which the training is kept after a scoring, at most every CHECKPOINT_SECONDS; the same call
+    goes on from there if it was stopped, and removes the file at the end.
     A replica whose loss is not finite is recorded in diverged_at and cannot harm its neighbours.
     Raises InputError for values that do not fit the task or the machine.
     """
     hp, budget = hyperparameters, budget or Budget()
-    R = budget.n_replicas
     if hp.seq_len > task.n_tokens:
         raise InputError(f"seq_len must be at most the task's {task.n_tokens} tokens, got {hp.seq_len}")
     device = resolve_device(device)
     precision = resolve_precision(budget.precision, device)
-    autocast = precision_context(precision, device)
     for _ in task.fixed("validation", budget.n_validation, hp.seq_len, device):
         pass  # drawn and kept before the memory of this training is measured
-    memory = PeakMemory(device)
-    model, generator = untrained(hp, task, R, seed, device)
-    parameters = list(model.parameters())
-    result = Fit(hp, budget, model, str(device), precision, sum(p[0].numel() for p in parameters))
-    optimizer = torch.optim.AdamW(parameters, lr=hp.lr, fused=True)
-    schedule = None
-    if budget.schedule == "one_cycle":
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, hp.lr, max(budget.n_steps, 4), cycle_momentum=False)
-    eval_steps = np.unique(np.linspace(0, budget.n_steps, budget.n_evals + 1)[1:].astype(int))
-    diverged = torch.zeros(R, dtype=torch.long, device=device)
-    losses, seconds, start = [], 0.0, time.perf_counter()
-    for step in _progress(budget.n_steps):
-        batch = task.draw(R, hp.batch_size, generator, hp.seq_len)
-        noise = gumbel_noise((R, hp.n_layers, hp.batch_size, task.n_areas), generator)
-        with autocast():
-            logits, _ = model(batch.x, noise, batch.mask)
-        loss = cross_entropy(logits, batch.y).mean(1)  # (R,); summed, each replica gets the gradient of a solo run
-        loss.sum().backward()
-        clip_gradients(parameters, budget.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        if schedule and step < budget.n_steps:
-            schedule.step()
-        diverged = torch.where((diverged == 0) & ~loss.detach().isfinite(), step, diverged)
-        losses.append(loss.detach())
+    make = _captured_once if device.type == "cuda" else Training
+    training = make(replace(hp, lr=1.0, temperature=1.0), task, budget, device, precision)
+    root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
+    training.start(hp, root)
+    n_parameters = sum(p[0].numel() for p in training.parameters)
+    result = Fit(hp, budget, training.model, str(device), precision, n_parameters)
+    eval_steps = np.unique(np.linspace(0, budget.n_steps, budget.n_evals + 1)[1:].astype(int)).tolist()
+    of = dict(hyperparameters=asdict(hp), budget=asdict(budget), task=task.description, device=device.type,
+              precision=precision, torch=torch.__version__, seed=[str(root.entropy), *root.spawn_key])  # fmt: skip
+
+    def go_on(state, about):
+        steps, step_time_ms = about["steps"], float(about["step_time_ms"])
+        curves = {name: np.array(rows, dtype=float) for name, rows in about["curves"].items()}
+        shapes = {curve.shape for curve in curves.values()}
+        if steps != eval_steps[: len(steps)] or shapes != {(len(steps), budget.n_replicas)}:
+            raise InputError("its curves are not those of this training")
+        if state["taken"].tolist() != steps[-1:]:
+            raise InputError("its state is not that of its last step")
+        training.restore(state)
+        result.steps, result.curves, result.step_time_ms = steps, curves, step_time_ms
+
+    if checkpoint:
+        checkpoints.read(checkpoint, of, go_on)
+    first = result.steps[-1] if result.steps else 0
+    kept = time.monotonic()
+    seconds, start = result.step_time_ms * first / 1000 if first else 0.0, time.perf_counter()
+    for step in _progress(first, budget.n_steps):
+        training.step()
         if step in eval_steps:
-            train_ce = torch.stack(losses).mean(0).double().cpu().numpy()  # reads the device, so the clock is true
+            since = result.steps[-1] if result.steps else 0
+            train_ce = (
+                (training.loss_sum / (step - since)).double().cpu().numpy()
+            )  # reads the device: the clock is true
             seconds += time.perf_counter() - start
-            losses = []
+            training.loss_sum.zero_()
             result.steps.append(step)
             result.step_time_ms = 1000 * seconds / step
-            result.samples_seen = step * hp.batch_size
-            scores = score(model, task, "validation", budget.n_validation, hp.seq_len, autocast)
-            worthless = torch.from_numpy(~np.isfinite(scores["val_ce"])).to(
-                device
-            )  # the last update may have broken it
-            diverged = torch.where((diverged == 0) & worthless, step, diverged)
-            result.diverged_at = [s or None for s in diverged.tolist()]
+            scores = training.scores()
+            worthless = torch.from_numpy(~np.isfinite(scores["val_ce"])).to(device)  # the last update broke it
+            training.diverged.masked_fill_((training.diverged == 0) & worthless, step)
             for name, value in {"train_ce": train_ce, **scores}.items():
-                value = np.where(diverged.cpu().numpy() > 0, np.nan, value)
+                value = np.where(training.diverged.cpu().numpy() > 0, np.nan, value)
                 result.curves[name] = np.vstack([*result.curves.get(name, []), value])
-            result.peak_mem_mib = memory.mib()
+            result.diverged_at = [s or None for s in training.diverged.tolist()]
+            result.samples_seen, result.peak_mem_mib = step * hp.batch_size, training.peak_mem_mib()
+            if checkpoint and step < budget.n_steps and time.monotonic() - kept >= CHECKPOINT_SECONDS:
+                curves = {name: curve.tolist() for name, curve in result.curves.items()}
+                about = dict(steps=result.steps, curves=curves, step_time_ms=result.step_time_ms)
+                checkpoints.write(checkpoint, training.state(), of, about)
+                kept = time.monotonic()
             if on_eval:
                 on_eval(result)
             start = time.perf_counter()
+    if checkpoint:
+        checkpoints.remove(checkpoint)
+    if device.type == "cuda":
+        result.model = copy.deepcopy(training.model)  # the next training of this shape begins in the same place
     return result
 
 
 def untrained(hyperparameters, task, n_replicas, seed=0, device="cpu"):
     """The untrained model that fit begins with, and the generator that its batches and noise come from."""
-    hp, device = hyperparameters, torch.device(device)
     root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
     init, stream = (int(s) for s in root.generate_state(2, np.uint64))
     seeds = np.random.SeedSequence(init).generate_state(n_replicas, np.uint32).tolist()
-    model = CTBPRN(task.n_features, hp.d, hp.rank, task.n_areas, hp.n_layers, task.n_classes, hp.temperature,
-                   n_replicas, seed=seeds)  # fmt: skip
+    model = _model(hyperparameters, task, n_replicas, seeds)
     return model.to(device), torch.Generator(device).manual_seed(stream)
 
 
-@torch.no_grad()
-def score(model, task, split, n_samples, seq_len=None, autocast=nullcontext):
-    """Noise-free scores of each replica on the task's fixed split: {"val_ce" or "test_ce": (R,), ...accuracy (R,)}.
-
-    route_accuracy is there where the task knows the true area. Samples go through in portions that bound memory.
-    """
-    R, device = model.config["n_replicas"], model.temperature.device
-    tokens = min(seq_len or task.n_tokens, task.n_tokens)
-    portion = max(1, SCORING_BYTES // (4 * R * task.n_areas * tokens * max(model.config["d"], task.n_features)))
-    ce, hits, routed, n = 0.0, 0.0, 0.0, 0
-    for batch in task.fixed(split, n_samples, seq_len, device):
-        for i in range(0, batch.y.shape[1], portion):
-            x, y, mask, area = (
-                None if t is None else t[:, i : i + portion].expand(R, *[-1] * (t.ndim - 1)) for t in batch
-            )
-            with autocast():
-                logits, route = model(x, None, mask)
-            ce = ce + cross_entropy(logits, y).double().sum(1)
-            hits = hits + (logits.argmax(-1) == y).sum(1)
-            routed = None if area is None else routed + (route[:, -1].argmax(-1) == area).sum(1)
-            n += y.shape[1]
-    prefix = "val" if split == "validation" else split
-    scores = {f"{prefix}_ce": ce / n, f"{prefix}_accuracy": hits / n}
-    if routed is not None:
-        scores["route_accuracy"] = routed / n
-    return {name: value.double().cpu().numpy() for name, value in scores.items()}
+def _model(hp, task, n_replicas, seed):
+    sizes = (task.n_features, hp.d, hp.rank, task.n_areas, hp.n_layers, task.n_classes)
+    return CTBPRN(*sizes, hp.temperature, n_replicas, seed=seed)
 
 
-@torch.no_grad()
-def route_shares(model, task, n_samples=2048, seq_len=None):
-    """Where the router looks: (rows, K) shares of validation samples over all replicas, by largest last-layer logit.
-
-    A row is a true area where the task knows it, else a class.  Returns (shares, row names).
-    """
-    R, K, device = model.config["n_replicas"], task.n_areas, model.temperature.device
-    known, counts = False, None
-    for batch in task.fixed("validation", n_samples, seq_len, device):
-        known = batch.area is not None
-        rows = batch.area if known else batch.y
-        counts = torch.zeros(K if known else task.n_classes, K) if counts is None else counts
-        x, mask = (None if t is None else t.expand(R, *[-1] * (t.ndim - 1)) for t in (batch.x, batch.mask))
-        looks = model(x, None, mask)[1][:, -1].argmax(-1)  # (R,B)
-        counts.index_put_((rows.expand(R, -1).cpu(), looks.cpu()), torch.ones(()), accumulate=True)
-    return (counts / counts.sum(1, keepdim=True)).numpy(), task.area_names if known else task.class_names
-
-
-def cross_entropy(logits, y):
-    """logits (R,B,C), y (R,B) -> (R,B) in nats, in float32 whatever the precision of the network."""
-    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+def rates(schedule, lr, n_steps):
+    """(n_steps,) the learning rate of each step."""
+    if schedule == "constant":
+        return torch.full((n_steps,), lr)
+    optimizer, values = torch.optim.SGD([torch.zeros(1)], lr), []
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(n_steps, 4), cycle_momentum=False)
+    for _ in range(n_steps - 1):
+        values.append(cycle.get_last_lr()[0])
+        optimizer.step()
+        cycle.step()
+    return torch.tensor([*values, cycle.get_last_lr()[0]])
 
 
 def gumbel_noise(shape, generator):
@@ -230,80 +294,17 @@ def gumbel_noise(shape, generator):
 
 def clip_gradients(parameters, largest):
     """Scale each replica's gradient, over all parameters, to a norm of at most largest."""
-    square = sum(p.grad.flatten(1).square().sum(1) for p in parameters)  # (R,)
-    factor = (largest / (square.sqrt() + 1e-6)).clamp(max=1)
+    norms = torch.stack([torch.linalg.vector_norm(p.grad.flatten(1), dim=1) for p in parameters])
+    factor = (largest / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1)  # (R,)
     for p in parameters:
         p.grad.mul_(factor.view(-1, *[1] * (p.ndim - 1)))
 
 
-def _progress(n_steps):
-    """Steps 1..n_steps behind a progress bar on stderr, where tqdm is installed; it leaves nothing behind."""
+def _progress(done, n_steps):
+    """Steps done + 1..n_steps behind a progress bar on stderr, where tqdm is installed; it leaves nothing behind."""
+    steps = range(done + 1, n_steps + 1)
     try:
         from tqdm import tqdm
     except ImportError:
-        return range(1, n_steps + 1)
-    return tqdm(range(1, n_steps + 1), "training", leave=False, delay=2, mininterval=2, unit="step")
-
-
-def resolve_device(device):
-    """torch.device for "auto", "cpu" or "cuda" (optionally with a number); InputError for anything else."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        resolved = None
-    if resolved is None or resolved.type not in ("cpu", "cuda"):
-        raise InputError(f'device must be "auto", "cpu" or "cuda", got {device!r}')
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {device!r} is not there: this machine has {torch.cuda.device_count()} CUDA GPUs")
-    return resolved
-
-
-def resolve_precision(precision, device):
-    """What "auto" stands for: tf32 on a GPU, bf16 on a CPU that multiplies in it (twice as fast), else fp32.
-
-    Raises InputError for one that the device has not.
-    """
-    if precision == "tf32" and device.type == "cpu":
-        raise InputError("precision tf32 needs a CUDA GPU; a CPU takes auto, fp32 or bf16")
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "tf32"
-    can = torch.cpu.get_capabilities()
-    return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
-
-
-def precision_context(precision, device):
-    """A context factory for the forward pass; also sets how float32 products are computed on a GPU."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    if precision == "bf16":
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    return nullcontext
-
-
-class PeakMemory:
-    """Growth of the peak memory since it was made, in MiB: of the CUDA device, else of this process (Linux)."""
-
-    def __init__(self, device):
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.start = torch.cuda.memory_allocated(device)
-        elif sys.platform == "linux":
-            if hasattr(LIBC, "malloc_trim"):
-                LIBC.malloc_trim(0)  # else memory that an earlier fit left in the heap would hide this one's growth
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is used now
-            self.start = self._status("VmRSS")
-
-    def mib(self):
-        if self.device.type == "cuda":
-            return (torch.cuda.max_memory_allocated(self.device) - self.start) / 2**20
-        return (self._status("VmHWM") - self.start) / 2**10 if hasattr(self, "start") else float("nan")
-
-    @staticmethod
-    def _status(key):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(key))
+        return steps
+    return tqdm(steps, "training", leave=False, delay=2, mininterval=2, unit="step")

@@ -9,7 +9,8 @@ import pytest
 
 from ctbprn_lib import InputError, confirm, evidence, search, tasks
 from ctbprn_lib.model import CTBPRN
-from ctbprn_lib.train import Budget, Hyperparameters, fit, score
+from ctbprn_lib.scoring import score
+from ctbprn_lib.train import Budget, Hyperparameters, fit
 
 SMALL = {"lr": {"low": 1e-3, "high": 1e-2, "log": True}, "d": [4, 8], "rank": [2], "temperature": [1.0],
          "batch_size": [4], "seq_len": [4, 8]}  # fmt: skip

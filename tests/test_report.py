@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from ctbprn_lib import InputError, report, search, tasks, train
+from ctbprn_lib import InputError, report, scoring, search, tasks
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.train import Budget
 
@@ -235,7 +235,7 @@ def test_the_saved_networks_score_what_their_files_say():
         content = json.loads((ROOT / "reports" / "ctbprn" / f"{name}.json").read_text())
         model = CTBPRN.load(ROOT / "reports" / "ctbprn" / content["weights"]["file"])
         seq_len = content["hyperparameters"]["seq_len"]
-        scores = train.score(model, tasks.RoutingTask(), "test", 1024, seq_len)
+        scores = scoring.score(model, tasks.RoutingTask(), "test", 1024, seq_len)
         sd = (content["weights"]["test_accuracy"] * (1 - content["weights"]["test_accuracy"]) / 1024) ** 0.5
         assert abs(scores["test_accuracy"][0] - content["weights"]["test_accuracy"]) < 4 * sd
         assert 0.9 < content["test_accuracy"]["low"] < content["test_accuracy"]["mean"] < 1

@@ -1,6 +1,7 @@
 """Training: determinism, scoring, divergence, cost; and that it learns."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ctbprn_lib import InputError, train
+from ctbprn_lib import InputError, scoring, tasks, train
 from ctbprn_lib.train import Budget, Hyperparameters, fit
 
 HP = Hyperparameters(lr=5e-3, d=8, rank=2, temperature=1.0, batch_size=8, seq_len=8)
@@ -41,7 +42,7 @@ def test_real_arrays_with_unequal_lengths_are_learnt(array_task):
     result = fit(dataclasses.replace(HP, seq_len=6), array_task, Budget(150, 2), 0)
     assert (result.val_accuracy > 0.8).all()
     assert "route_accuracy" not in result.curves
-    scores = train.score(result.model, array_task, "test", None)
+    scores = scoring.score(result.model, array_task, "test", None)
     assert set(scores) == {"test_ce", "test_accuracy"} and (scores["test_accuracy"] > 0.8).all()
 
 
@@ -54,9 +55,9 @@ def test_the_shortest_trainings_work(small_task, schedule, n_steps):
 
 def test_scores_are_noise_free_and_do_not_depend_on_the_portion(small_task, monkeypatch):
     result = fit(HP, small_task, Budget(5, 3, n_validation=300, precision="fp32"), 0)
-    first = train.score(result.model, small_task, "validation", 300)
-    monkeypatch.setattr(train, "SCORING_BYTES", 2000)
-    second = train.score(result.model, small_task, "validation", 300)
+    first = scoring.score(result.model, small_task, "validation", 300)
+    monkeypatch.setitem(scoring.SCORING_BYTES, "cpu", 2000)
+    second = scoring.score(result.model, small_task, "validation", 300)
     for name in first:
         np.testing.assert_allclose(first[name], second[name], rtol=1e-6)
     np.testing.assert_array_equal(first["val_ce"], result.val_ce)
@@ -71,9 +72,59 @@ def test_scores_are_what_counting_by_hand_gives(small_task):
             hits += (logits.argmax(-1) == batch.y[0, i]).numpy()
             ce -= logits.double().log_softmax(-1)[:, batch.y[0, i]].detach().numpy()
             n += 1
-    scores = train.score(model, small_task, "test", 100)
+    scores = scoring.score(model, small_task, "test", 100)
     np.testing.assert_allclose(scores["test_accuracy"], hits / n)
     np.testing.assert_allclose(scores["test_ce"], ce / n, rtol=1e-5)
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """What a GPU does to a training: a warm-up that changes all of its state, and one Training for all of a shape."""
+
+    def captured(work, generator):
+        for _ in range(3):
+            work()
+        return work
+
+    monkeypatch.setattr(train, "captured", captured)
+    monkeypatch.setattr(train, "Training", functools.lru_cache(train.Training))
+
+
+def test_a_training_that_is_used_again_begins_anew(small_task, like_a_gpu, monkeypatch):
+    budget = Budget(6, 2, n_evals=2, n_validation=32)
+    settings = [dataclasses.replace(HP, lr=lr, temperature=t) for lr, t in ((5e-3, 1.0), (1e-2, 0.5), (5e-3, 1.0))]
+    again = [(fit(hp, small_task, budget, seed), seed) for seed, hp in enumerate(settings)]
+    assert train.Training.cache_info().misses == 1
+    monkeypatch.undo()
+    for (used, seed), hp in zip(again, settings, strict=True):
+        fresh = fit(hp, small_task, budget, seed)
+        for name, curve in fresh.curves.items():
+            np.testing.assert_array_equal(used.curves[name], curve)
+    fit(HP, small_task, Budget(1, 1, n_validation=16))  # fewer steps than the warm-up has
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_graph_and_eager_steps_give_the_same_losses(monkeypatch):
+    task, budget = tasks.RoutingTask(), Budget(50, 3, n_evals=50, n_validation=256, precision="fp32")
+    hp = Hyperparameters(seq_len=64)
+    graph = fit(hp, task, budget, 0, "cuda")
+    train._captured_once.cache_clear()
+    monkeypatch.setattr(train, "captured", lambda work, generator: work)
+    eager = fit(hp, task, budget, 0, "cuda")
+    train._captured_once.cache_clear()
+    for name in ("train_ce", "val_ce"):
+        np.testing.assert_allclose(graph.curves[name], eager.curves[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_steps", [1, 3, 4, 5, 40])
+def test_rates_are_those_of_one_cycle(n_steps):
+    values = train.rates("one_cycle", 0.01, n_steps).double().numpy()
+    assert len(values) == n_steps and values[0] == pytest.approx(0.01 / 25) and values.max() <= 0.01 * 1.000001
+    up = 0.3 * max(n_steps, 4) - 1  # steps of the rise; both parts are half a cosine
+    for i, rate in enumerate(values):
+        share = i / up if i <= up else (i - up) / (max(n_steps, 4) - 1 - up)
+        ends = (0.01 / 25, 0.01) if i <= up else (0.01, 0.01 / 25e4)
+        assert rate == pytest.approx(ends[1] + (ends[0] - ends[1]) * (1 + np.cos(np.pi * share)) / 2, rel=1e-4)
 
 
 class PoisonedTask:
@@ -142,10 +193,10 @@ def test_peak_memory_grows_with_the_batch(small_task):
 
 
 def test_route_shares_are_rows_of_shares(small_task, array_task):
-    shares, rows = train.route_shares(train.untrained(HP, small_task, 2)[0], small_task, 300)
+    shares, rows = scoring.route_shares(train.untrained(HP, small_task, 2)[0], small_task, 300)
     assert rows == small_task.area_names and shares.sum(1) == pytest.approx([1, 1])
     hp = dataclasses.replace(HP, seq_len=6)
-    shares, rows = train.route_shares(train.untrained(hp, array_task, 2)[0], array_task)
+    shares, rows = scoring.route_shares(train.untrained(hp, array_task, 2)[0], array_task)
     assert rows == ("a", "b", "c") and shares.sum(1) == pytest.approx([1, 1, 1])
 
 

@@ -1,0 +1,168 @@
+"""Checkpoints: a stopped training goes on as if it had not been, and nothing damaged or foreign is used."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ctbprn_lib import checkpoint, search, train
+from ctbprn_lib.train import Budget, Hyperparameters, fit
+
+HP = Hyperparameters(lr=5e-3, d=8, rank=2, temperature=1.0, batch_size=8, seq_len=8)
+BUDGET = Budget(20, 2, n_evals=5, n_validation=64)
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped(task, path, n_scorings, hp=HP):
+    """Leave what a training leaves that is stopped after so many scorings."""
+
+    def stop(result):
+        if len(result.steps) == n_scorings:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(hp, task, BUDGET, 3, on_eval=stop, checkpoint=path)
+
+
+def assert_equal(a, b):
+    for name, curve in a.curves.items():
+        np.testing.assert_allclose(b.curves[name], curve, rtol=0, atol=1e-6)
+    for ours, theirs in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert (a.steps, a.samples_seen, a.diverged_at) == (b.steps, b.samples_seen, b.diverged_at)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Counts training steps."""
+    taken, step = [], train.Training._step
+    monkeypatch.setattr(train.Training, "_step", lambda self: (taken.append(1), step(self)))
+    return taken
+
+
+@pytest.mark.parametrize("n_scorings", [1, 3, 4])
+def test_a_stopped_training_goes_on_to_the_same_result(small_task, tmp_path, steps, n_scorings):
+    whole = fit(HP, small_task, BUDGET, 3)
+    stopped(small_task, tmp_path / "c.safetensors", n_scorings)
+    steps.clear()
+    assert_equal(whole, fit(HP, small_task, BUDGET, 3, checkpoint=tmp_path / "c.safetensors"))
+    assert len(steps) == 20 - 4 * n_scorings
+    assert list(tmp_path.iterdir()) == []  # it is done
+
+
+def test_a_killed_process_leaves_a_checkpoint_that_another_goes_on_from(tmp_path, steps):
+    script = """
+import sys
+from ctbprn_lib import tasks, train
+train.CHECKPOINT_SECONDS = 0
+from tests_of_a_kill import HP, BUDGET, TASK
+train.fit(HP, TASK, BUDGET, 3, checkpoint=sys.argv[1], on_eval=lambda result: print(len(result.steps), flush=True))
+"""
+    (tmp_path / "tests_of_a_kill.py").write_text("""
+from ctbprn_lib import tasks, train
+HP = train.Hyperparameters(lr=5e-3, d=16, rank=2, batch_size=8, seq_len=16)
+BUDGET = train.Budget(600, 2, n_evals=60, n_validation=64)
+TASK = tasks.RoutingTask(n_features=8, n_tokens=16)
+""")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{search.REPORTS.parent}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen((sys.executable, "-c", script, str(tmp_path / "c.safetensors")), env=env,
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    while int(process.stdout.readline()) < 7:
+        pass
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    space = {}
+    exec((tmp_path / "tests_of_a_kill.py").read_text(), space)
+    budget = space["BUDGET"]
+    whole = fit(space["HP"], space["TASK"], budget, 3)
+    n_whole = len(steps)
+    steps.clear()
+    assert_equal(whole, fit(space["HP"], space["TASK"], budget, 3, checkpoint=tmp_path / "c.safetensors"))
+    assert n_whole == 600 and len(steps) <= 600 - 7 * 10
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def hostile(change):
+    """A file with a valid SHA-256, whose content somebody has changed."""
+
+    def rewrite(path):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        kept, tensors = json.loads(header["__metadata__"]["checkpoint"]), load_file(path)
+        change(kept["about"], tensors)
+        text = json.dumps(kept)
+        save_file(tensors, path, metadata={"checkpoint": text, "sha256": checkpoint.digest(tensors, text)})
+
+    return rewrite
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-50]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a flipped bit": flip,
+    "a pickle": lambda path: torch.save({"a": 1}, path),
+    "another shape": hostile(lambda about, tensors: tensors.update(head_c=torch.zeros(1))),
+    "a missing tensor": hostile(lambda about, tensors: tensors.pop("taken")),
+    "a generator that is none": hostile(lambda about, tensors: tensors["draws"].fill_(255)),
+    "curves of another length": hostile(lambda about, tensors: about["curves"].update(val_ce=[[1.0, 1.0]])),
+    "curves of words": hostile(lambda about, tensors: about["curves"].update(val_ce=[["a", "b"]])),
+    "no curves": hostile(lambda about, tensors: about.pop("curves")),
+    "steps beyond": hostile(lambda about, tensors: about.update(steps=[4, 8, 99])),
+    "another step": hostile(lambda about, tensors: tensors["taken"].add_(1)),
+    "no time": hostile(lambda about, tensors: about.update(step_time_ms="soon")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("both", [False, True])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(small_task, tmp_path, steps, caplog, damage, both):
+    path = tmp_path / "c.safetensors"
+    stopped(small_task, path, 3)
+    for place in (path, checkpoint.before(path))[: 1 + both]:
+        DAMAGES[damage](place)
+    steps.clear()
+    assert_equal(fit(HP, small_task, BUDGET, 3), fit(HP, small_task, BUDGET, 3, checkpoint=path))
+    assert len(steps) == 20 + (20 if both else 12)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (1 + both)
+    assert "c.safetensors: not used as a checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "other",
+    [dict(hp=dataclasses.replace(HP, lr=6e-3)), dict(seed=4), dict(budget=dataclasses.replace(BUDGET, clip=2.0))],
+)
+def test_a_checkpoint_of_another_training_is_not_used(small_task, tmp_path, caplog, other):
+    asked = dict(hp=HP, budget=BUDGET, seed=3) | other
+    stopped(small_task, tmp_path / "c.safetensors", 3)
+    words = asked["hp"], small_task, asked["budget"], asked["seed"]
+    assert_equal(fit(*words), fit(*words, checkpoint=tmp_path / "c.safetensors"))
+    assert "of another training" in caplog.text
+
+
+def test_short_trainings_write_no_checkpoint(small_task, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 30)
+    stopped(small_task, tmp_path / "c.safetensors", 3)
+    assert list(tmp_path.iterdir()) == []
