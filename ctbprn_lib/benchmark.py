@@ -1,0 +1,203 @@
+"""How fast training is: against the original's loop, against what the machine could do, and as shapes grow.
+
+Needs torch and numpy alone, and a checkout (the baseline is tests/reference.py): python -m ctbprn_lib.benchmark
+prints the tables. A replica-step is one step (batch, noise, forward, backward, clipping, AdamW) of one replica.
+"""
+
+import importlib.util
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ctbprn_lib import InputError
+from ctbprn_lib.device import precision_context, resolve_device, resolve_precision
+from ctbprn_lib.tasks import RoutingTask
+from ctbprn_lib.train import Budget, Hyperparameters, Training
+
+# (Hyperparameters, areas, replicas): small and large, few and many areas
+SHAPES = (
+    (Hyperparameters(d=32, rank=4, seq_len=32, batch_size=16), 2, 8),
+    (Hyperparameters(d=32, rank=16, seq_len=128, batch_size=8), 2, 8),
+    (Hyperparameters(d=64, rank=16, seq_len=128, batch_size=32), 2, 4),
+    (Hyperparameters(d=64, rank=16, seq_len=128, batch_size=32), 6, 4),
+)
+SECONDS = 0.4  # that one run shall last
+
+
+def against_the_original(shapes=SHAPES, n_runs=7, device="auto", precision="auto"):
+    """Ours beside the original's loop in the same run, alternating: one dict a shape.
+
+    Keys: d, rank, n_areas, seq_len, batch_size, n_replicas; baseline_ms and ours_ms a replica-step (medians); ratio,
+    ratio_low and ratio_high (median, least and largest of n_runs pairs); limits' share of what is possible.
+    The baseline is one replica in tests/reference.py's loop: a batch sample by sample, and an evaluation after each
+    step. Ours has a stem besides, and F = d for both.
+    """
+    device, reference = resolve_device(device), _reference()
+    can, rows = limits(device, precision), []
+    for hp, n_areas, R in shapes:
+        task = RoutingTask(n_areas, hp.d, hp.seq_len)
+        one_run, pairs = _stepper(hp, task, R, device, precision), []
+
+        def original(n, hp=hp, n_areas=n_areas):
+            words = hp.lr, hp.d, hp.rank, hp.temperature, hp.batch_size, hp.seq_len
+            with device:  # where its tensors are made
+                reference.train(*words, n, n_areas)
+
+        n = _enough(lambda n, f=original: _seconds(f, n))
+        for _ in range(n_runs):
+            pairs.append((1000 * _seconds(original, n) / n, 1000 * one_run() / R))
+        ratios = [baseline / ours for baseline, ours in pairs]
+        ours = statistics.median(o for _, o in pairs)
+        flop, moved = work(hp, task, precision, device)
+        rows.append(
+            dict(d=hp.d, rank=hp.rank, n_areas=n_areas, seq_len=hp.seq_len, batch_size=hp.batch_size, n_replicas=R,
+                 baseline_ms=statistics.median(b for b, _ in pairs), ours_ms=ours, ratio=statistics.median(ratios),
+                 ratio_low=min(ratios), ratio_high=max(ratios), gflop=flop / 1e9, mbyte=moved / 1e6,
+                 arithmetic_share=1000 * flop / can["flop_per_s"] / ours,
+                 memory_share=1000 * moved / can["byte_per_s"] / ours)
+        )  # fmt: skip
+    return rows
+
+
+def scaling(name, values, shape=SHAPES[2], n_runs=3, device="auto", precision="auto"):
+    """Throughput as one size grows: a dict a value with it, replica_steps_per_s (median of n_runs) and peak_mem_mib.
+
+    name: n_replicas, d or seq_len. Values that no longer fit the memory are left out.
+    """
+    (hp, n_areas, R), device, rows = shape, resolve_device(device), []
+    for value in values:
+        R = value if name == "n_replicas" else R
+        hp = hp if name == "n_replicas" else replace(hp, **{name: value})
+        try:
+            training = _training(hp, RoutingTask(n_areas, hp.d, hp.seq_len), R, device, precision)
+            one_run = _timed(training, device)
+            seconds = statistics.median(one_run() for _ in range(n_runs))
+        except (torch.OutOfMemoryError, MemoryError):
+            break
+        rows.append({name: value, "replica_steps_per_s": R / seconds, "peak_mem_mib": training.peak_mem_mib()})
+    return rows
+
+
+def limits(device="auto", precision="auto"):
+    """What this machine does at its best, measured: {"flop_per_s", "byte_per_s"}.
+
+    One large matrix product in the precision, and one copy of memory that no cache holds (read and written).
+    """
+    device = resolve_device(device)
+    precision = resolve_precision(precision, device)
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    precision_context(precision, device)
+    n, m = (8192, 2**28) if device.type == "cuda" else (2048, 2**26)
+    a, b = torch.randn(n, n, device=device, dtype=kind), torch.empty(n, n, device=device, dtype=kind)
+    source, target = torch.zeros(m, device=device), torch.zeros(m, device=device)
+    product = min(_seconds(lambda _: torch.mm(a, a, out=b), 1, device) for _ in range(5))
+    copy = min(_seconds(lambda _: target.copy_(source), 1, device) for _ in range(5))
+    return {"flop_per_s": 2 * n**3 / product, "byte_per_s": 8 * m / copy}
+
+
+def work(hp, task, precision="auto", device="auto"):
+    """(floating-point operations, bytes) of one replica-step, counted as it runs: products, and what all operations
+    read and write if nothing stays in a cache."""
+    precision = resolve_precision(precision, resolve_device(device))
+    precision = "fp32" if precision == "tf32" else precision  # counted on the CPU, which has no tf32
+    training = _training(hp, task, 1, torch.device("cpu"), precision)
+    with FlopCounterMode(display=False) as flops, _Bytes() as moved:
+        training.step()
+    return flops.get_total_flops(), moved.total
+
+
+class _Bytes(TorchDispatchMode):
+    """Counts the bytes of every operation's arguments and results; a view moves none."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+            for tensor in torch.utils._pytree.tree_leaves((args, kwargs, result)):
+                if isinstance(tensor, torch.Tensor):  # broadcast ones are read from the little they hold
+                    self.total += min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+        return result
+
+
+def _training(hp, task, R, device, precision):
+    precision = resolve_precision(precision, device)
+    training = Training(hp, task, Budget(10**5, R, n_validation=1, schedule="constant"), device, precision)
+    training.start(hp, 0)
+    return training
+
+
+def _stepper(hp, task, R, device, precision):
+    return _timed(_training(hp, task, R, device, precision), device)
+
+
+def _timed(training, device):
+    """A function that trains for about SECONDS and returns the seconds of one step."""
+
+    def steps(n):
+        for _ in range(n):
+            training.step()
+
+    n = _enough(lambda n: _seconds(steps, n, device))
+    return lambda: _seconds(steps, n, device) / n
+
+
+def _enough(seconds_of):
+    """How many steps last about SECONDS; the first call is a warm-up."""
+    seconds_of(3)
+    return max(2, round(3 * SECONDS / seconds_of(3)))
+
+
+def _seconds(function, n, device=None):
+    """Seconds of function(n), to the end of what it started on the device."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() and (device is None or device.type == "cuda") else None
+    if wait:
+        wait()
+    started = time.perf_counter()
+    function(n)
+    if wait:
+        wait()
+    return time.perf_counter() - started
+
+
+def _reference():
+    path = Path(__file__).resolve().parent.parent / "tests" / "reference.py"
+    if not path.exists():
+        raise InputError(f"the baseline is {path.name} in a checkout's tests/, which is not here")
+    spec = importlib.util.spec_from_file_location("reference", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(device="auto"):
+    """Print the tables."""
+    resolved = resolve_device(device)
+    on_gpu = resolved.type == "cuda"
+    name = torch.cuda.get_device_name(resolved) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    precision = resolve_precision("auto", resolved)
+    print(f"torch {torch.__version__}; {name}; {precision}\n")
+    for row in against_the_original(device=device):
+        print(
+            "d {d}, rank {rank}, K {n_areas}, T {seq_len}, B {batch_size}, R {n_replicas}: {baseline_ms:.2f} ms and "
+            "{ours_ms:.3f} ms a replica-step, {ratio:.1f} times [{ratio_low:.1f}, {ratio_high:.1f}]; {gflop:.2f} GFLOP "
+            "at {arithmetic_share:.0%} and {mbyte:.0f} MB at {memory_share:.0%} of the machine's best".format(**row)
+        )
+    print()
+    replicas = [2**i for i in range(9 if on_gpu else 5)]
+    for size, values in (("n_replicas", replicas), ("seq_len", [16, 32, 64, 128]), ("d", [16, 32, 64, 96, 128])):
+        for row in scaling(size, values, device=device):
+            print(f"{size} {row[size]}: {row['replica_steps_per_s']:,.0f} replica-steps a second, "
+                  f"{row['peak_mem_mib']:,.0f} MiB")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])
