@@ -15,7 +15,7 @@ from scipy import optimize
 from ctbprn_lib import InputError
 from ctbprn_lib.confirm import pool
 from ctbprn_lib.model import CTBPRN
-from ctbprn_lib.search import hyperparameters
+from ctbprn_lib.search import hyperparameters, out_of_memory
 from ctbprn_lib.train import Hyperparameters, cross_entropy, gumbel_noise, resolve_device, untrained
 
 MOST = 2**16  # samples: nobody trains with more
@@ -129,8 +129,8 @@ def _one_step(hp, task, device, free_mib):
         noise = gumbel_noise((1, hp.n_layers, hp.batch_size, task.n_areas), generator)
         cross_entropy(model(batch.x, noise, batch.mask)[0], batch.y).mean().backward()
         optimizer.step()
-    except (MemoryError, RuntimeError) as error:  # the CPU's allocator raises a bare RuntimeError
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
             raise
         return False
     return True

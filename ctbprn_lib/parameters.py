@@ -11,7 +11,8 @@ import optuna
 import torch
 
 from ctbprn_lib import InputError, __version__
-from ctbprn_lib.search import OBJECTIVES, PRUNERS, SAMPLERS, commit, device_name, storage_url, study_folder
+from ctbprn_lib.search import OBJECTIVES, PRUNERS, SAMPLERS, commit, device_name
+from ctbprn_lib.storage import storage_url, study_folder
 from ctbprn_lib.train import PRECISIONS, resolve_device
 
 AT_LEAST_ONE = {"n_trials", "n_steps", "n_replicas", "d", "rank", "batch_size", "n_samples", "max_steps", "n_top"}

@@ -7,7 +7,7 @@ import numpy as np
 import optuna
 import pytest
 
-from ctbprn_lib import InputError, search, tasks
+from ctbprn_lib import InputError, search, storage, tasks
 from ctbprn_lib.train import Budget
 
 BUDGET = Budget(4, 2, n_evals=2, n_validation=32)
@@ -164,19 +164,19 @@ def test_a_bad_space_is_refused_with_file_field_and_expectation(tmp_path, small_
 
 
 def test_storage_comes_from_the_parameter_else_the_environment_else_the_folder(reports, monkeypatch):
-    assert search.storage_url("s").endswith("s/optuna_studies/ctbprn_study.db")
+    assert storage.storage_url("s").endswith("s/optuna_studies/ctbprn_study.db")
     monkeypatch.setenv("CTBPRN_STORAGE", "sqlite:///elsewhere.db")
-    assert search.storage_url("s") == "sqlite:///elsewhere.db"
-    assert search.storage_url("s", "sqlite:///mine.db") == "sqlite:///mine.db"
+    assert storage.storage_url("s") == "sqlite:///elsewhere.db"
+    assert storage.storage_url("s", "sqlite:///mine.db") == "sqlite:///mine.db"
     with pytest.raises(InputError, match="password") as error:
-        search.storage_url("s", "postgresql://me:hunter2@localhost/db")
+        storage.storage_url("s", "postgresql://me:hunter2@localhost/db")
     assert "hunter2" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "<b>", "x" * 65, "a\n"])
 def test_study_names_are_confined(name):
     with pytest.raises(InputError, match="study_name"):
-        search.study_folder(name)
+        storage.study_folder(name)
 
 
 def test_a_study_that_is_not_there_is_named(reports):
