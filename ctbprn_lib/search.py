@@ -239,7 +239,7 @@ def trial_record(result):
     curves = {name: [[None if math.isnan(v) else round(float(v), 6) for v in row] for row in rows]
               for name, rows in result.curves.items()}  # fmt: skip
     return scores(result) | dict(
-        steps=result.steps,
+        steps=list(result.steps),  # which goes on growing
         curves=curves,
         diverged_at=result.diverged_at,
         n_diverged=sum(step is not None for step in result.diverged_at),

@@ -5,6 +5,7 @@ and puts the result there. What it has finished is kept; what it had begun is tr
 """
 
 import hashlib
+import logging
 import os
 import random
 import signal
@@ -25,6 +26,13 @@ HEARTBEAT = 10  # seconds between a worker's signs of life
 POLL = 1  # seconds, and up to five times as long, between looks at the trials of others
 MOST_TRIES = 10  # of a trial whose workers die
 LOST = "its worker was stopped before the end"
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, when what ran has been handed on: Jupyter shows the message and no traceback."""
+
+    def _render_traceback_(self):
+        return [str(self)]
 
 
 class TrialFailed(Exception):
@@ -51,7 +59,8 @@ def run(study, n_trials, objective):
                 continue  # this process stood still for so long that the trial was given up: another one, then
             except KeyboardInterrupt:
                 fail(study, trial)
-                raise
+                logging.getLogger("IPKernelApp").addFilter(_not_of_closed_sockets)
+                raise Stopped(f"Stopped in trial {trial.number}; the same command goes on from here.") from None
             except Exception as error:
                 if not isinstance(error, StorageError):  # which keeps nothing
                     fail(study, trial, f"{type(error).__name__}: {error}")
@@ -186,14 +195,27 @@ def _is_gone(worker):
     return worker == here or _started(worker["pid"]) != worker["started"]
 
 
+def _not_of_closed_sockets(record):
+    """False for what a kernel logs when papermill, ending on Ctrl-C, no longer listens to it: a traceback."""
+    return "Socket operation on non-socket" not in str(record.exc_info)
+
+
 @contextmanager
 def _sigterm_as_ctrl_c():
-    """A scheduler's request to end is KeyboardInterrupt, too, so that what runs can be handed on at once."""
+    """A scheduler's request to end is KeyboardInterrupt, so that what runs is handed on; then it ends the process."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread hears signals
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    heard = []
+
+    def interrupt(number, frame):
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        if heard:
+            signal.raise_signal(signal.SIGTERM)

@@ -60,7 +60,11 @@ def test_another_question_is_refused_and_the_difference_named(reports, small_tas
 
 
 def test_the_record_has_every_replica_the_cost_and_where_it_came_from(reports, small_task):
-    frame = search.records(run(small_task, 3))
+    study = run(small_task, 3)
+    frame = search.records(study)
+    for trial in study.trials:
+        curves = trial.user_attrs["curves"].values()
+        assert trial.user_attrs["steps"] == [2, 4] and all(np.shape(curve) == (2, 2) for curve in curves)
     for _, row in frame.iterrows():
         ce = np.array([row["val_ce_0"], row["val_ce_1"]])
         assert row["val_ce"] == pytest.approx(ce.mean(), abs=1e-6)
