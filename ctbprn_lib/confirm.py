@@ -17,7 +17,7 @@ import optuna
 import pandas as pd
 import torch
 
-from ctbprn_lib import InputError, evidence, published, search
+from ctbprn_lib import InputError, evidence, published, search, storage
 from ctbprn_lib.device import precision_context, resolve_device, resolve_precision
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.scoring import score
@@ -124,10 +124,8 @@ class Confirmation:
         self.budget = Budget(**asked["budget"] | dict(n_replicas=n_seeds, n_evals=1))
         self.precision = resolve_precision(self.budget.precision, self.device)
         self.seed, self.name = seed, study.study_name
-        self.study = optuna.create_study(
-            study_name=f"{study.study_name}/confirm", storage=study._storage, load_if_exists=True
-        )
-        self.weights = search.REPORTS.parent / "runs" / "weights"
+        self.study = storage.beside(study, f"{study.study_name}/confirm")
+        self.weights = storage.REPORTS.parent / "runs" / "weights"
 
     def train(self, runs, on_done=None):
         """Train what is not there yet; on a CPU one single-threaded process for each of torch's threads.
@@ -169,7 +167,7 @@ class Confirmation:
 
         The weights are those of the seed with the lowest validation CE.  Returns {file name: Run}.
         """
-        folder, best = search.study_folder(self.name), {}
+        folder, best = storage.study_folder(self.name), {}
         folder.mkdir(parents=True, exist_ok=True)
         for name, score_name, sign in (("best_accuracy", "test_accuracy", -1), ("best_ce", "test_ce", 1)):
             usable = [run for run in runs if "mean_test_ce" in records[self.key(run)]]
@@ -193,8 +191,10 @@ class Confirmation:
             content["weights"] = {"file": f"{name}.safetensors", "seed": record["kept_seed"]}
             content["weights"] |= {"chosen_by": "lowest validation CE"} | {k: v.item() for k, v in scores.items()}
             content |= {k: record[k] for k in ("ctbprn", *search.ORIGIN)}
-            (folder / f"{name}.safetensors").write_bytes(made.read_bytes())
-            (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            with storage.whole(folder / f"{name}.safetensors") as new:
+                new.write_bytes(made.read_bytes())
+            with storage.whole(folder / f"{name}.json") as new:
+                new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return best
 
     def _trained(self, todo):
@@ -259,7 +259,9 @@ def _train(task, run, budget, n_test, seed, device, weights=None):
     started = time.perf_counter()
     try:
         result = fit(run.hyperparameters, task, budget, seeds, device)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not search.out_of_memory(error):
+            raise
         return {"failure": f"out of memory at {run.hyperparameters}", "n_classes": task.n_classes}
     seconds = time.perf_counter() - started
     autocast = precision_context(result.precision, torch.device(result.device))
@@ -275,7 +277,8 @@ def _train(task, run, budget, n_test, seed, device, weights=None):
     record["kept_seed"] = int(np.argmin(np.where(alive, test["val_ce"], np.inf)))
     if weights:
         weights.parent.mkdir(parents=True, exist_ok=True)
-        result.model.replica(record["kept_seed"]).save(weights)
+        with storage.whole(weights) as new:
+            result.model.replica(record["kept_seed"]).save(new)
     return record
 
 

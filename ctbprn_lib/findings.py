@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import yaml
 
-from ctbprn_lib import confirm, evidence, memory, published, search, tasks, verdicts
+from ctbprn_lib import confirm, evidence, memory, published, search, storage, tasks, verdicts
 from ctbprn_lib.report import NAMES, Report, escape, nats, percent, sections, span, table, value
 from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO
 from ctbprn_lib.verdicts import BEST, LEVEL, REFUTED, SAME, SUPPORTED, TRIAL_2, UNDECIDED, Contrast, effect
@@ -339,7 +339,7 @@ class ConfirmedReport(Report):
 
     def _other_verdicts(self):
         """Verdicts that other records decide: the reproduction's tables and memory."""
-        found, folder = {}, search.REPORTS / "reproduce"
+        found, folder = {}, storage.REPORTS / "reproduce"
         if (folder / "trial_1_seeds.csv").exists():
             one, two = (pd.read_csv(folder / f"trial_{n}_seeds.csv").dropna() for n in (1, 2))
             found |= verdicts.from_reproduction(one, two, published.TABLE.loc[2, "val_accuracy"])

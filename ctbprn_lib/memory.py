@@ -17,7 +17,7 @@ from ctbprn_lib.confirm import pool
 from ctbprn_lib.device import resolve_device
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.scoring import cross_entropy
-from ctbprn_lib.search import hyperparameters
+from ctbprn_lib.search import hyperparameters, out_of_memory
 from ctbprn_lib.train import Hyperparameters, gumbel_noise, untrained
 
 MOST = 2**16  # samples: nobody trains with more
@@ -131,8 +131,8 @@ def _one_step(hp, task, device, free_mib):
         noise = gumbel_noise((1, hp.n_layers, hp.batch_size, task.n_areas), generator)
         cross_entropy(model(batch.x, noise, batch.mask)[0], batch.y).mean().backward()
         optimizer.step()
-    except (MemoryError, RuntimeError) as error:  # the CPU's allocator raises a bare RuntimeError
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
             raise
         return False
     return True

@@ -1,16 +1,20 @@
 """From an executed notebook to reports/: report.md beside its pictures, and report.html, which loads nothing.
 
-publish runs analyze.ipynb on a study; python -m ctbprn_lib.publish EXECUTED_NOTEBOOK STUDY_NAME renders any other.
+publish runs analyze.ipynb on a study; python -m ctbprn_lib.publish EXECUTED_NOTEBOOK STUDY_NAME renders any other. The
+notebook writes into a folder beside the published one, and only what is whole is moved there.
 """
 
 import base64
+import fcntl
 import io
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
-from ctbprn_lib.search import REPORTS, study_folder
+from ctbprn_lib import InputError
+from ctbprn_lib.storage import REPORTS, study_folder
 
 CSS = """body{max-width:66rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 system-ui,sans-serif;color:#1a1a1a}
 h1,h2,h3{line-height:1.25}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}img{max-width:100%;height:auto}
@@ -23,6 +27,19 @@ PAGE = """{%- extends 'basic/index.html.j2' -%}
 <meta name="viewport" content="width=device-width"><title>{{ resources.page_title }}</title>
 <style>{{ resources.page_css }}</style></head><body><main>{%- endblock header -%}
 {%- block footer -%}</main></body></html>{%- endblock footer -%}"""
+
+
+def staging(study_name):
+    """An empty folder for what render will move to reports/<study_name>/."""
+    staged = _staged(study_name)
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    return staged
+
+
+def _staged(study_name):
+    folder = study_folder(study_name)
+    return folder.with_name(f".{folder.name}.new")
 
 
 def show(fig, path, alt):
@@ -44,26 +61,33 @@ def publish(study_name, storage=""):
     """Run analyze.ipynb on the study and write reports/<study_name>/report.md and report.html; returns their folder."""
     import papermill
 
-    folder = study_folder(study_name)
     executed = REPORTS.parent / "runs" / f"analyze-{study_name}.ipynb"
     executed.parent.mkdir(exist_ok=True)
-    papermill.execute_notebook(
-        REPORTS.parent / "notebooks" / "analyze.ipynb",
-        executed,
-        {"study_name": study_name, "storage": storage},
-        cwd=REPORTS.parent,
-        progress_bar=False,
-    )
-    render(executed, folder)
-    return folder
+    with open(executed.with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the workers of a study end together, and each publishes it
+        papermill.execute_notebook(
+            REPORTS.parent / "notebooks" / "analyze.ipynb",
+            executed,
+            {"study_name": study_name, "storage": storage},
+            cwd=REPORTS.parent,
+            progress_bar=False,
+        )
+        return render(executed, study_name)
 
 
-def render(notebook, folder):
-    """Executed notebook -> folder/report.md and folder/report.html, without code, warnings or progress bars."""
+def render(notebook, study_name):
+    """Executed notebook -> report.md and report.html in reports/<study_name>/, with what is staged; returns the folder.
+
+    They have no code, warnings or progress bars in them.  Raises InputError, and moves nothing, if the notebook has not
+    been run to its end.
+    """
     import nbconvert
     import nbformat
 
     nb = nbformat.read(notebook, as_version=4)
+    code = [cell for cell in nb.cells if cell.cell_type == "code" and cell.source.strip()]
+    if any(not c.execution_count or any(o.output_type == "error" for o in c.outputs) for c in code):
+        raise InputError(f"{notebook} has not been run to its end; what is published stays as it is")
     for cell in nb.cells:
         outputs = [o for o in cell.get("outputs", []) if not (o.output_type == "stream" and o.name == "stderr")]
         for output in outputs:
@@ -73,20 +97,27 @@ def render(notebook, folder):
         if cell.cell_type == "code":
             cell.outputs = [] if "unpublished" in cell.metadata.get("tags", []) else outputs
     title = next(c.source.splitlines()[0].lstrip("# ") for c in nb.cells if c.cell_type == "markdown")
-    resources = {"metadata": {"path": str(folder), "name": title}, "page_title": title, "page_css": CSS}
+    staged, folder = _staged(study_name), study_folder(study_name)
+    pictures = staged if staged.exists() else folder  # it is rendered once more
+    resources = {"metadata": {"path": str(pictures), "name": title}, "page_title": title, "page_css": CSS}
     hide = {"exclude_input": True, "exclude_input_prompt": True, "exclude_output_prompt": True}
     markdown, _ = nbconvert.MarkdownExporter(**hide).from_notebook_node(nb, resources=dict(resources))
     page, _ = nbconvert.HTMLExporter(raw_template=PAGE, embed_images=True, **hide).from_notebook_node(
         nb, resources=dict(resources)
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("report.md", re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n"), ("report.html", page)):
-        temporary = folder / f".{name}.new"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+    staged.mkdir(parents=True, exist_ok=True)
+    made = [path.relative_to(staged) for path in staged.rglob("*") if path.is_file()]
+    for name, text in (("report.html", page), ("report.md", re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n")):
+        (staged / name).write_text(text, encoding="utf-8")
+        made.append(Path(name))
+    for path in made:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staged / path, folder / path)
+    shutil.rmtree(staged)
+    return folder
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python -m ctbprn_lib.publish EXECUTED_NOTEBOOK STUDY_NAME")
-    render(sys.argv[1], study_folder(sys.argv[2]))
+    render(sys.argv[1], sys.argv[2])

@@ -15,6 +15,7 @@ import torch._dynamo  # torch.optim imports it on first use: a second of import,
 from ctbprn_lib import __version__
 from ctbprn_lib.model import CTBPRN, draw_initial_values
 from ctbprn_lib.scoring import cross_entropy, score
+from ctbprn_lib.storage import whole
 from ctbprn_lib.tasks import RoutingTask
 from ctbprn_lib.train import Hyperparameters
 
@@ -176,7 +177,8 @@ def once(path, run, **asked):
             return table.drop(columns=list(asked))
     path.parent.mkdir(parents=True, exist_ok=True)
     table = run()
-    table.assign(**asked).to_csv(path, index=False)
+    with whole(path) as new:
+        table.assign(**asked).to_csv(new, index=False)
     return table
 
 

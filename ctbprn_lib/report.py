@@ -10,7 +10,8 @@ import pandas as pd
 import yaml
 
 from ctbprn_lib import InputError, evidence
-from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO, edge, load_study, records, study_folder
+from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO, edge, load_study, records
+from ctbprn_lib.storage import study_folder
 
 NAMES = {
     "lr": "Learning rate",
@@ -300,7 +301,7 @@ class Report:
         return evidence.importance([self.study.trials[i] for i in self.ended["trial"]], self.ended["standing"])
 
     def raw_data(self):
-        """Write the CSV and the pickled study beside the database, and list them."""
+        """Write the CSV and the pickled study into self.folder, and list them and the database."""
         studies = self.folder / "optuna_studies"
         studies.mkdir(parents=True, exist_ok=True)
         self.trials.to_csv(self.folder / "optuna_results_detailed.csv", index=False)
@@ -315,7 +316,7 @@ class Report:
             "when it is loaded: open only one you trust; this project never reads it)",
             "- [`space.yaml`](space.yaml): the space that was searched",
         ]
-        if (studies / "ctbprn_study.db").exists():
+        if (study_folder(self.name) / "optuna_studies" / "ctbprn_study.db").exists():
             lines.append("- Database: [`optuna_studies/ctbprn_study.db`](optuna_studies/ctbprn_study.db) (SQLite)")
         return "\n".join(lines)
 

@@ -6,7 +6,6 @@ The study itself holds a fingerprint of what its trials have in common, so that 
 
 import json
 import math
-import os
 import platform
 import re
 import subprocess
@@ -20,11 +19,12 @@ import pandas as pd
 import torch
 import yaml
 
-from ctbprn_lib import InputError, __version__
+from ctbprn_lib import InputError, __version__, workers
 from ctbprn_lib.evidence import mean_interval
+from ctbprn_lib.storage import connect, locked, storage_url
 from ctbprn_lib.train import Hyperparameters, fit
+from ctbprn_lib.workers import FINISHED
 
-REPORTS = Path(__file__).resolve().parent.parent / "reports"
 OBJECTIVES = {"val_ce": ["minimize"], "val_accuracy": ["maximize"], "both": ["minimize", "maximize"]}
 SAMPLERS = {
     "tpe": optuna.samplers.TPESampler,
@@ -39,13 +39,8 @@ PRUNERS = {
 PLACEBO = "placebo"  # drawn for every trial and used for nothing: what importance looks like where there is none
 TUNING = 0  # first spawn key of a trial's SeedSequence: seeds of one purpose never serve another
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-FINISHED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 ORIGIN = ("device", "precision", "torch", "optuna", "python", "commit")
 HYPERPARAMETERS = [f.name for f in fields(Hyperparameters)]
-
-
-class TrialFailed(Exception):
-    """A trial that gives no score; the reason is kept with the trial."""
 
 
 def default_space(task):
@@ -131,26 +126,6 @@ def study_name_for(task):
     return re.sub(r"[^A-Za-z0-9._-]+", "-", task.description["task"].removesuffix(".npz")).strip("-._")[:64] or "study"
 
 
-def study_folder(name):
-    """reports/<name>; the name is confined to letters, digits, dot, dash and underscore."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise InputError(
-            f"study_name must be 1 to 64 of a-z, A-Z, 0-9, '.', '_' and '-', not beginning with a sign, got {name!r}"
-        )
-    return REPORTS / name
-
-
-def storage_url(name, storage=""):
-    """Where a study is kept: storage, else the variable CTBPRN_STORAGE, else SQLite in the study's own folder."""
-    if re.search(r"://[^/@]*:[^/@]*@", storage):
-        raise InputError(
-            "storage holds a password, which would be published with the notebook; "
-            "put the URL into the variable CTBPRN_STORAGE or the password into ~/.pgpass"
-        )
-    storage = storage or os.environ.get("CTBPRN_STORAGE", "")
-    return storage or f"sqlite:///{study_folder(name) / 'optuna_studies' / 'ctbprn_study.db'}"
-
-
 def open_study(name, storage="", *, task, space, budget, objective="val_ce", sampler="tpe", pruner="median", seed=0):
     """Create the study, or load it to go on.
 
@@ -162,24 +137,24 @@ def open_study(name, storage="", *, task, space, budget, objective="val_ce", sam
     fingerprint = dict(protocol="replicated", task=task.description, space=space, budget=asdict(budget))
     fingerprint = json.loads(json.dumps(fingerprint | dict(objective=objective, seed=seed)))
     url = storage_url(name, storage)
-    if url.startswith("sqlite:///"):
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        study_name=name, storage=url, directions=OBJECTIVES[objective], pruner=PRUNERS[pruner](), load_if_exists=True
-    )
-    kept = study.user_attrs.get("fingerprint")
-    if kept is None and not study.trials:
+    kept = connect(url)
+    with locked(url):
+        how = dict(directions=OBJECTIVES[objective], pruner=PRUNERS[pruner](), load_if_exists=True)
+        study = optuna.create_study(study_name=name, storage=kept, **how)
+        asked, so_far = study.user_attrs.get("fingerprint"), len(study.get_trials(deepcopy=False))
+        if asked is None and not so_far:
+            study.set_user_attr("fingerprint", fingerprint)
+        elif asked != fingerprint:
+            differences = "\n".join(f"  {what}" for what in _differences(asked or {}, fingerprint))
+            raise InputError(f"study {name!r} exists and asks another question; give another study_name, or the values "
+                             f"it was made with:\n{differences}")  # fmt: skip
+        n_before = study.user_attrs.get("n_workers", 0)
+        study.set_user_attr("n_workers", n_before + 1)
+        study.set_user_attr("how", {"sampler": sampler, "pruner": pruner})
+    if "baselines" not in study.user_attrs:
         study.set_user_attr("baselines", task.baselines())
-        study.set_user_attr("fingerprint", fingerprint)
-    elif kept != fingerprint:
-        differences = _differences(kept or {}, fingerprint)
-        raise InputError(
-            f"study {name!r} exists and asks another question; give another study_name, or the values it was made "
-            "with:\n" + "\n".join(f"  {where}: there {there}, here {here}" for where, there, here in differences)
-        )
-    study.set_user_attr("how", {"sampler": sampler, "pruner": pruner})
-    so_far = len(study.get_trials(deepcopy=False))  # the same seed again would repeat the trials there already
-    sampler_seed = int(np.random.SeedSequence([seed, so_far]).generate_state(1)[0])
+    # the same seed again would repeat the trials that are there, or those of a worker that has begun beside this one
+    sampler_seed = int(np.random.SeedSequence([seed, so_far, n_before]).generate_state(1)[0])
     study.sampler = SAMPLERS[sampler](seed=sampler_seed)
     return study
 
@@ -190,7 +165,7 @@ def load_study(name, storage=""):
     if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
         raise InputError(f"there is no study {name!r} yet; notebooks/tune.ipynb makes one")
     try:
-        return optuna.load_study(study_name=name, storage=url, sampler=None)
+        return optuna.load_study(study_name=name, storage=connect(url, reading=True), sampler=None)
     except KeyError:
         raise InputError(f"the storage has no study {name!r}") from None
 
@@ -198,52 +173,57 @@ def load_study(name, storage=""):
 def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", on_trial=None):
     """Run trials until the study has n_trials finished ones (complete or pruned), whoever ran them.
 
-    on_trial(study, trial, n_finished) is called after each trial.
+    on_trial(study, trial, n_finished) is called after each trial.  Ctrl-C and SIGTERM leave the trial that runs to be
+    tried again, by this process or another.
     Raises InputError once n_trials of this call's trials in a row have failed: there is nothing to report then.
     """
-    origin = provenance()
-    failed = 0
+    origin, n_failed = provenance(), 0
 
     def objective(trial):
         hp = suggest(trial, space)
         trial.suggest_float(PLACEBO, 0.0, 1.0)
-        started = time.perf_counter()
+        started, kept = time.perf_counter(), {}
 
         def on_eval(result):
-            for key, value in (trial_record(result) | origin).items():
-                trial.set_user_attr(key, value)
-            trial.set_user_attr("train_seconds", time.perf_counter() - started)
+            record = trial_record(result) | origin | {"train_seconds": time.perf_counter() - started}
+            for key, value in record.items():
+                if key not in kept or kept[key] != value:  # most do not change while a trial runs
+                    trial.set_user_attr(key, value)
+            kept.update(record)
             if len(study.directions) == 1:
                 name = "val_ce" if study.direction.name == "MINIMIZE" else "val_accuracy"
                 trial.report(scores(result)[name], len(result.steps))
                 if result.steps[-1] < budget.n_steps and trial.should_prune():
                     raise optuna.TrialPruned
 
-        seeds = np.random.SeedSequence(seed, spawn_key=(TUNING, trial.number))
+        seeds = np.random.SeedSequence(seed, spawn_key=(TUNING, workers.first_try(trial)))
         try:
             result = fit(hp, task, budget, seeds, device, on_eval)
-        except (torch.OutOfMemoryError, MemoryError):
-            trial.set_user_attr("failure", f"out of memory at {hp}")
-            raise TrialFailed from None
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise workers.TrialFailed(f"out of memory at {hp}") from None
         if all(result.diverged_at):
-            trial.set_user_attr(
-                "failure", f"all {budget.n_replicas} replicas diverged, the first at step {min(result.diverged_at)}"
-            )
-            raise TrialFailed
+            first = min(result.diverged_at)
+            raise workers.TrialFailed(f"all {budget.n_replicas} replicas diverged, the first at step {first}")
         score = scores(result)
         if len(study.directions) == 2:
             return score["val_ce"], score["val_accuracy"]
         return score["val_ce"] if study.direction.name == "MINIMIZE" else score["val_accuracy"]
 
-    while (n_finished := len(study.get_trials(deepcopy=False, states=FINISHED))) < n_trials:
-        ours = []  # not study.trials[-1], which may be another worker's
-        study.optimize(objective, 1, catch=(TrialFailed,), callbacks=[lambda _, trial: ours.append(trial)])  # noqa: B023
-        trial = ours[0]
-        failed = failed + 1 if trial.state == optuna.trial.TrialState.FAIL else 0
-        if failed >= max(3, n_trials):
-            raise InputError(f"the last {failed} trials gave no score; the last one: {trial.user_attrs.get('failure')}")
+    for trial in workers.run(study, n_trials, objective):
+        n_failed = 0 if trial.state in FINISHED else n_failed + 1
+        if n_failed >= max(3, n_trials):
+            why = trial.user_attrs["failure"]
+            raise InputError(f"the last {n_failed} trials gave no score; the last one: {why}")
         if on_trial:
-            on_trial(study, trial, n_finished + (failed == 0))
+            on_trial(study, trial, len(study.get_trials(deepcopy=False, states=FINISHED)))
+
+
+def out_of_memory(error):
+    """Whether an error of torch or Python says so; the CPU's allocator raises a bare RuntimeError."""
+    said = re.search("(allocate|enough|out of) memory|bad_alloc", str(error))
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or said is not None
 
 
 def scores(result):
@@ -259,7 +239,7 @@ def trial_record(result):
     curves = {name: [[None if math.isnan(v) else round(float(v), 6) for v in row] for row in rows]
               for name, rows in result.curves.items()}  # fmt: skip
     return scores(result) | dict(
-        steps=result.steps,
+        steps=list(result.steps),  # which goes on growing
         curves=curves,
         diverged_at=result.diverged_at,
         n_diverged=sum(step is not None for step in result.diverged_at),
@@ -313,7 +293,9 @@ def commit():
     """The commit of the code that runs, with -dirty if the library or notebooks differ from it; else "unknown"."""
 
     def git(*words):
-        return subprocess.run(("git", *words), cwd=REPORTS.parent, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ("git", *words), cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True
+        ).stdout
 
     try:
         dirty = git("status", "--porcelain", "--", "ctbprn_lib", "notebooks")
@@ -337,9 +319,9 @@ def provenance():
 
 
 def _differences(there, here, where=""):
-    """Leaves at which two nested dicts differ, as (place, value there, value here)."""
+    """Leaves at which two nested dicts differ, each as a line."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted(set(there) | set(here)):
             yield from _differences(there.get(key, "nothing"), here.get(key, "nothing"), f"{where}.{key}".lstrip("."))
     elif there != here:
-        yield where, there, here
+        yield f"{where}: there {there}, here {here}"

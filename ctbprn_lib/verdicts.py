@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ctbprn_lib import evidence
-from ctbprn_lib.search import study_folder
+from ctbprn_lib.storage import study_folder
 from ctbprn_lib.train import Hyperparameters
 
 MARGIN = 0.01  # the smallest difference of accuracy (or of the share routed well) that anybody should care about

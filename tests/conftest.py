@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ctbprn_lib import search, tasks
+from ctbprn_lib import storage, tasks
 
 torch.set_num_threads(1)
 
@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 @pytest.fixture
 def reports(tmp_path, monkeypatch):
     """An empty folder in the place of reports/, and no storage named by the environment."""
-    monkeypatch.setattr(search, "REPORTS", tmp_path)
+    monkeypatch.setattr(storage, "REPORTS", tmp_path)
     monkeypatch.delenv("CTBPRN_STORAGE", raising=False)
     return tmp_path
 
@@ -60,6 +60,6 @@ class Project(type(pathlib.Path())):
 def project(tmp_path_factory):
     root = tmp_path_factory.mktemp("project")
     for name in ("ctbprn_lib", "notebooks"):
-        shutil.copytree(search.REPORTS.parent / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(storage.REPORTS.parent / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "runs").mkdir()
     return Project(root)

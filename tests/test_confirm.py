@@ -7,7 +7,7 @@ import numpy as np
 import optuna
 import pytest
 
-from ctbprn_lib import InputError, confirm, evidence, search, tasks
+from ctbprn_lib import InputError, confirm, evidence, search, storage, tasks
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.scoring import score
 from ctbprn_lib.train import Budget, Hyperparameters, fit
@@ -133,7 +133,7 @@ def test_the_best_are_saved_with_weights_that_load_and_score_as_the_file_says(co
     runs = [confirm.Run(f"trial {d}", Hyperparameters(d=d, rank=2, batch_size=4, seq_len=8), 6) for d in (4, 8)]
     records = confirmation.train(runs)
     best = confirmation.save_best(runs, records)
-    folder = search.study_folder("made")
+    folder = storage.study_folder("made")
     for name, metric in (("best_accuracy", "test_accuracy"), ("best_ce", "test_ce")):
         content = json.loads((folder / f"{name}.json").read_text())
         assert content["role"] == best[name].role

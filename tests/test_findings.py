@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 from statsmodels.stats.multitest import multipletests
 from test_report import References, made
 
-from ctbprn_lib import findings, report, search, simulate, tasks
+from ctbprn_lib import findings, report, search, simulate, storage, tasks
 from ctbprn_lib.verdicts import REFUTED, SAME, SUPPORTED, UNDECIDED
 
 EFFECTS = {("d", 32): -0.03, ("rank", 4): -0.02, ("n_steps", 1000): 0.02, ("seq_len", 32): -0.1}
@@ -48,7 +48,7 @@ def confirmed(n_seeds=8, name="made", effects=EFFECTS, spread=0.07):
 def invented(root):
     """(folder, pieces) of a report on a study where four levels matter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "REPORTS", root)
+        patch.setattr(storage, "REPORTS", root)
         patch.delenv("CTBPRN_STORAGE", raising=False)
         made(None, failed=False)
         confirmed()
@@ -418,7 +418,7 @@ def test_a_study_that_was_not_confirmed_has_the_plain_report(reports):
 @pytest.fixture(scope="module")
 def published(project):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "REPORTS", project / "reports")
+        patch.setattr(storage, "REPORTS", project / "reports")
         patch.delenv("CTBPRN_STORAGE", raising=False)
         made(project / "reports", failed=False)
         confirmed()

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from ctbprn_lib import InputError, report, scoring, search, tasks
+from ctbprn_lib import InputError, report, scoring, search, storage, tasks
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.train import Budget
 
@@ -166,7 +166,7 @@ class References(html.parser.HTMLParser):
 def published(project, tmp_path_factory):
     """A report published from a made study, by the real notebook in a real kernel."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "REPORTS", project / "reports")
+        patch.setattr(storage, "REPORTS", project / "reports")
         made(project / "reports")
     done = project.python("-c", "from ctbprn_lib.publish import publish; publish('made')")
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ import numpy as np
 import optuna
 import pytest
 
-from ctbprn_lib import InputError, search, tasks
+from ctbprn_lib import InputError, search, storage, tasks
 from ctbprn_lib.train import Budget
 
 BUDGET = Budget(4, 2, n_evals=2, n_validation=32)
@@ -60,7 +60,11 @@ def test_another_question_is_refused_and_the_difference_named(reports, small_tas
 
 
 def test_the_record_has_every_replica_the_cost_and_where_it_came_from(reports, small_task):
-    frame = search.records(run(small_task, 3))
+    study = run(small_task, 3)
+    frame = search.records(study)
+    for trial in study.trials:
+        curves = trial.user_attrs["curves"].values()
+        assert trial.user_attrs["steps"] == [2, 4] and all(np.shape(curve) == (2, 2) for curve in curves)
     for _, row in frame.iterrows():
         ce = np.array([row["val_ce_0"], row["val_ce_1"]])
         assert row["val_ce"] == pytest.approx(ce.mean(), abs=1e-6)
@@ -164,19 +168,19 @@ def test_a_bad_space_is_refused_with_file_field_and_expectation(tmp_path, small_
 
 
 def test_storage_comes_from_the_parameter_else_the_environment_else_the_folder(reports, monkeypatch):
-    assert search.storage_url("s").endswith("s/optuna_studies/ctbprn_study.db")
+    assert storage.storage_url("s").endswith("s/optuna_studies/ctbprn_study.db")
     monkeypatch.setenv("CTBPRN_STORAGE", "sqlite:///elsewhere.db")
-    assert search.storage_url("s") == "sqlite:///elsewhere.db"
-    assert search.storage_url("s", "sqlite:///mine.db") == "sqlite:///mine.db"
+    assert storage.storage_url("s") == "sqlite:///elsewhere.db"
+    assert storage.storage_url("s", "sqlite:///mine.db") == "sqlite:///mine.db"
     with pytest.raises(InputError, match="password") as error:
-        search.storage_url("s", "postgresql://me:hunter2@localhost/db")
+        storage.storage_url("s", "postgresql://me:hunter2@localhost/db")
     assert "hunter2" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "<b>", "x" * 65, "a\n"])
 def test_study_names_are_confined(name):
     with pytest.raises(InputError, match="study_name"):
-        search.study_folder(name)
+        storage.study_folder(name)
 
 
 def test_a_study_that_is_not_there_is_named(reports):

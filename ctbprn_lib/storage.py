@@ -1,0 +1,210 @@
+"""Where a study is kept: a SQLite file or a PostgreSQL database, which may be busy, away for a while, or broken."""
+
+import fcntl
+import functools
+import inspect
+import os
+import random
+import re
+import sqlite3
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+
+from ctbprn_lib import InputError
+
+REPORTS = Path(__file__).resolve().parent.parent / "reports"
+PATIENCE = 120  # seconds for which a database that is away or busy is waited for, and a lock
+GRACE = 180  # seconds without a sign of life until a trial counts as lost: longer, or an outage would end them all
+ADVISORY_LOCK = 0x435442  # its number in PostgreSQL, which has one such lock for each number and database
+# Seconds and milliseconds after which a silent server counts as gone; without them a broken line hangs for minutes.
+POSTGRESQL = dict(connect_timeout=10, keepalives_idle=30, keepalives_interval=10, keepalives_count=3,
+                  tcp_user_timeout=30_000)  # fmt: skip
+HOPELESS = "authentication failed|no password|pg_hba|does not exist|permission denied|No space left"  # of waiting
+
+
+class StorageError(InputError):
+    """The database cannot be used: the message names its file, or its server and name, and says why."""
+
+
+@contextmanager
+def whole(path):
+    """Yields a path to write to; the file takes the place of path when all of it is there, and is gone if it fails."""
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        yield new
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def study_folder(name):
+    """reports/<name>; the name is confined to letters, digits, dot, dash and underscore."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise InputError(
+            f"study_name must be 1 to 64 of a-z, A-Z, 0-9, '.', '_' and '-', not beginning with a sign, got {name!r}"
+        )
+    return REPORTS / name
+
+
+def storage_url(name, storage=""):
+    """Where a study is kept: storage, else the variable CTBPRN_STORAGE, else SQLite in the study's own folder."""
+    if re.search(r"://[^/@]*:[^/@]*@", storage):
+        raise InputError(
+            "storage holds a password, which would be published with the notebook; "
+            "put the URL into the variable CTBPRN_STORAGE or the password into ~/.pgpass"
+        )
+    storage = storage or os.environ.get("CTBPRN_STORAGE", "")
+    storage = storage or f"sqlite:///{study_folder(name) / 'optuna_studies' / 'ctbprn_study.db'}"
+    _parsed(storage)
+    return storage
+
+
+def _parsed(url):
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        parsed = None  # (its text may be a password)
+    if parsed is None or parsed.get_backend_name() not in ("sqlite", "postgresql") or not parsed.database:
+        raise InputError("storage must be sqlite:///<file> or postgresql://<user>@<server>/<database>")
+    return parsed
+
+
+def _place(url):
+    """The file, or the server and the database, without the password."""
+    url = _parsed(url)
+    if url.get_backend_name() == "sqlite":
+        return url.database
+    return f"PostgreSQL database {url.database!r} at {url.host or 'this machine'}:{url.port or 5432}"
+
+
+def _patiently(url, call):
+    """call(), again and again with growing pauses while its database is away or busy.
+
+    Raises StorageError after PATIENCE seconds, and at once where waiting cannot help.
+    """
+    started, pause, told = time.monotonic(), 0.05, False
+    while True:
+        try:
+            return call()
+        except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+            cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+            original = getattr(cause, "orig", None) or cause
+            said = " ".join(str(original).split())
+            if isinstance(original, sqlite3.Error):
+                passes = "locked" in said
+            else:
+                passing = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)
+                passes = isinstance(cause, passing) and not re.search(HOPELESS, said)
+            waited = time.monotonic() - started
+            if not passes or waited > PATIENCE:
+                after = f" for {waited:.0f} seconds" if passes else ""
+                raise StorageError(f"{_place(url)} cannot be used{after}: {said}") from None
+            if waited > 5 and not told:
+                told = True
+                print(f"waiting for {_place(url)}: {said}", file=sys.stderr, flush=True)
+        time.sleep(pause * random.uniform(0.5, 1))
+        pause = min(2 * pause, 5)
+
+
+class Storage(RDBStorage):
+    """Optuna's storage in a database, which waits where the database is away or busy (see _patiently)."""
+
+    def __init__(self, url):
+        if url.startswith("sqlite"):
+            how = dict(connect_args=dict(timeout=2))  # not longer, as Ctrl-C is not heard meanwhile
+        else:
+            how = dict(connect_args=POSTGRESQL, pool_size=1)  # a server has few connections
+        super().__init__(url.replace("{", "{{").replace("}", "}}"), how)  # Optuna would fill in what is in braces
+        self.grace_period, self.heartbeat_interval = GRACE, 1  # (the interval is not used, but must be one)
+
+    def get_heartbeat_interval(self):
+        return None  # or study.ask would warn that the signs of life are not study.optimize's; workers.py gives them
+
+
+def _patient(method):
+    @functools.wraps(method)
+    def wait(self, *words, **named):
+        return _patiently(self.url, lambda: method(self, *words, **named))
+
+    return wait
+
+
+# The cache that Optuna puts in front of its storage calls these beside the public ones.
+PRIVATE = {"_create_new_trial", "_get_trials", "_set_trial_param", "_get_best_trial_id", "_get_stale_trial_ids"}
+for _name, _method in vars(RDBStorage).items():
+    if inspect.isfunction(_method) and _name not in vars(Storage) and (_name[0] != "_" or _name in PRIVATE):
+        setattr(Storage, _name, _patient(_method))
+
+
+def connect(url, reading=False):
+    """The Storage at url; one worker at a time makes its file and tables, unless it is only to be read from."""
+    if not url.startswith("sqlite") or not reading:
+        with locked(url):
+            return _patiently(url, lambda: Storage(url))
+    return _patiently(url, lambda: Storage(url))
+
+
+@contextmanager
+def locked(url):
+    """Keep all other workers out of the database at url; yields a function that says whether they still are.
+
+    It is a lock on a file beside a SQLite file, and an advisory lock in PostgreSQL, which is lost with its connection.
+    """
+    if url.startswith("sqlite"):
+        path = Path(f"{_place(url)}.lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("a")
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror}") from None
+        with file:
+            started = time.monotonic()
+            while not _flock(file):
+                if time.monotonic() - started > PATIENCE:
+                    raise StorageError(f"{path} has been locked by another process for {PATIENCE} seconds")
+                time.sleep(random.uniform(0.01, 0.05))
+            yield lambda: True
+        return
+    how = dict(connect_args=POSTGRESQL | dict(options="-c lock_timeout=5s"), isolation_level="AUTOCOMMIT")
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **how)
+    with _patiently(url, lambda: _advisory_lock(engine)) as connection:
+        yield lambda: _answers(connection)
+
+
+def _flock(file):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _advisory_lock(engine):
+    connection = engine.connect()
+    try:
+        connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({ADVISORY_LOCK})"))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _answers(connection):
+    try:
+        connection.execute(sqlalchemy.text("SELECT 1"))
+    except sqlalchemy.exc.SQLAlchemyError:
+        return False
+    return True
+
+
+def beside(study, name):
+    """The study of that name in the same database; made if it is not there."""
+    with locked(study._storage._backend.url):
+        return optuna.create_study(study_name=name, storage=study._storage, load_if_exists=True)
