@@ -19,9 +19,9 @@ import pandas as pd
 import torch
 import yaml
 
-from ctbprn_lib import InputError, __version__, workers
+from ctbprn_lib import InputError, __version__, checkpoint, storage, workers
 from ctbprn_lib.evidence import mean_interval
-from ctbprn_lib.storage import connect, locked, storage_url
+from ctbprn_lib.storage import connect, locked, storage_url, study_folder
 from ctbprn_lib.train import Hyperparameters, fit
 from ctbprn_lib.workers import FINISHED
 
@@ -174,7 +174,7 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
     """Run trials until the study has n_trials finished ones (complete or pruned), whoever ran them.
 
     on_trial(study, trial, n_finished) is called after each trial.  Ctrl-C and SIGTERM leave the trial that runs to be
-    tried again, by this process or another.
+    tried again, by this process or another; on this machine it goes on from its last checkpoint.
     Raises InputError once n_trials of this call's trials in a row have failed: there is nothing to report then.
     """
     origin, n_failed = provenance(), 0
@@ -189,16 +189,18 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
             for key, value in record.items():
                 if key not in kept or kept[key] != value:  # most do not change while a trial runs
                     trial.set_user_attr(key, value)
+            told = len(kept.get("steps", ()))
             kept.update(record)
             if len(study.directions) == 1:
                 name = "val_ce" if study.direction.name == "MINIMIZE" else "val_accuracy"
-                trial.report(scores(result)[name], len(result.steps))
+                for at in range(told, len(result.steps)):  # several, after a checkpoint
+                    trial.report(scores(result, at)[name], at + 1)
                 if result.steps[-1] < budget.n_steps and trial.should_prune():
                     raise optuna.TrialPruned
 
         seeds = np.random.SeedSequence(seed, spawn_key=(TUNING, workers.first_try(trial)))
         try:
-            result = fit(hp, task, budget, seeds, device, on_eval)
+            result = fit(hp, task, budget, seeds, device, on_eval, checkpoint_of(study, trial))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -212,6 +214,7 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
         return score["val_ce"] if study.direction.name == "MINIMIZE" else score["val_accuracy"]
 
     for trial in workers.run(study, n_trials, objective):
+        checkpoint.remove(checkpoint_of(study, trial))  # of one that was pruned or failed
         n_failed = 0 if trial.state in FINISHED else n_failed + 1
         if n_failed >= max(3, n_trials):
             why = trial.user_attrs["failure"]
@@ -220,17 +223,26 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
             on_trial(study, trial, len(study.get_trials(deepcopy=False, states=FINISHED)))
 
 
+def checkpoint_of(study, trial):
+    """The file in which a trial is kept while it runs, and from which its next try goes on."""
+    name = f"{study_folder(study.study_name).name}-{workers.first_try(trial)}.safetensors"
+    return storage.REPORTS.parent / "runs" / "checkpoints" / name
+
+
 def out_of_memory(error):
     """Whether an error of torch or Python says so; the CPU's allocator raises a bare RuntimeError."""
     said = re.search("(allocate|enough|out of) memory|bad_alloc", str(error))
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or said is not None
 
 
-def scores(result):
-    """Mean held-out CE and accuracy of a Fit; a diverged replica counts as knowing nothing: ln C nats and 1/C."""
-    C = result.model.config["n_classes"]
-    ce = np.where(np.isfinite(result.val_ce), result.val_ce, math.log(C))
-    accuracy = np.where(np.isfinite(result.val_ce), result.val_accuracy, 1 / C)
+def scores(result, at=-1):
+    """Mean held-out CE and accuracy of a Fit at one of its scorings, the last if not said.
+
+    A diverged replica counts as knowing nothing: ln C nats and 1/C.
+    """
+    C, val_ce = result.model.config["n_classes"], result.curves["val_ce"][at]
+    ce = np.where(np.isfinite(val_ce), val_ce, math.log(C))
+    accuracy = np.where(np.isfinite(val_ce), result.curves["val_accuracy"][at], 1 / C)
     return {"val_ce": float(ce.mean()), "val_accuracy": float(accuracy.mean())}
 
 

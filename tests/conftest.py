@@ -18,9 +18,11 @@ torch.set_num_threads(1)
 @pytest.fixture
 def reports(tmp_path, monkeypatch):
     """An empty folder in the place of reports/, and no storage named by the environment."""
-    monkeypatch.setattr(storage, "REPORTS", tmp_path)
+    folder = tmp_path / "reports"  # beside it runs/ is made
+    folder.mkdir()
+    monkeypatch.setattr(storage, "REPORTS", folder)
     monkeypatch.delenv("CTBPRN_STORAGE", raising=False)
-    return tmp_path
+    return folder
 
 
 @pytest.fixture(scope="session")

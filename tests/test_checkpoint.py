@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ctbprn_lib import checkpoint, search, train
+from ctbprn_lib import checkpoint, search, storage, train
 from ctbprn_lib.train import Budget, Hyperparameters, fit
 
 HP = Hyperparameters(lr=5e-3, d=8, rank=2, temperature=1.0, batch_size=8, seq_len=8)
@@ -80,7 +80,7 @@ HP = train.Hyperparameters(lr=5e-3, d=16, rank=2, batch_size=8, seq_len=16)
 BUDGET = train.Budget(600, 2, n_evals=60, n_validation=64)
 TASK = tasks.RoutingTask(n_features=8, n_tokens=16)
 """)
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{search.REPORTS.parent}", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{storage.REPORTS.parent}", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen((sys.executable, "-c", script, str(tmp_path / "c.safetensors")), env=env,
                                stdout=subprocess.PIPE, text=True)  # fmt: skip
     while int(process.stdout.readline()) < 7:
@@ -166,3 +166,39 @@ def test_short_trainings_write_no_checkpoint(small_task, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 30)
     stopped(small_task, tmp_path / "c.safetensors", 3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_that_was_lost_goes_on_from_its_checkpoint(small_task, reports, monkeypatch, steps):
+    """Its second try ends with the score of an undisturbed one, and its pruner sees every scoring."""
+    space = search.default_space(small_task) | {"d": [8], "rank": [2], "batch_size": [8]}
+    asked = dict(task=small_task, space=space, budget=BUDGET)
+    calm = search.open_study("calm", f"sqlite:///{reports}/calm.db", **asked)
+    search.run_trials(calm, 2, **asked)
+    study = search.open_study("s", **asked)
+    search.run_trials(study, 1, **asked)
+    real, n_evals = search.trial_record, []
+
+    def interrupted(result):
+        n_evals.append(1)
+        if len(n_evals) == 3:
+            raise KeyboardInterrupt
+        return real(result)
+
+    monkeypatch.setattr(search, "trial_record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search.run_trials(study, 2, **asked)
+    monkeypatch.setattr(search, "trial_record", real)
+    assert [path.suffix for path in sorted((reports.parent / "runs" / "checkpoints").iterdir())] == [
+        ".before",
+        ".safetensors",
+    ]
+    steps.clear()
+    search.run_trials(study, 2, **asked)
+    assert len(steps) == 20 - 12
+    lost, retried = study.trials[1:]
+    assert lost.state.name == "FAIL" and retried.user_attrs["retry_of"] == 1
+    undisturbed = calm.trials[1]
+    assert retried.values == pytest.approx(undisturbed.values, abs=1e-6)
+    assert retried.intermediate_values == pytest.approx(undisturbed.intermediate_values, abs=1e-6)
+    assert retried.user_attrs["curves"] == undisturbed.user_attrs["curves"]
+    assert list((reports.parent / "runs" / "checkpoints").iterdir()) == []
