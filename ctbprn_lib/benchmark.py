@@ -1,12 +1,14 @@
 """How fast training is: against the original's loop, against what the machine could do, and as shapes grow.
 
-Needs torch and numpy alone, and a checkout (the baseline is tests/reference.py): python -m ctbprn_lib.benchmark
-prints the tables. A replica-step is one step (batch, noise, forward, backward, clipping, AdamW) of one replica.
+python -m ctbprn_lib.benchmark prints what needs torch and numpy alone, and a checkout (the baseline is
+tests/reference.py). A replica-step is one step (batch, noise, forward, backward, clipping, AdamW) of one replica.
 """
 
 import importlib.util
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ctbprn_lib import InputError
 from ctbprn_lib.device import precision_context, resolve_device, resolve_precision
 from ctbprn_lib.tasks import RoutingTask
-from ctbprn_lib.train import Budget, Hyperparameters, Training
+from ctbprn_lib.train import Budget, Hyperparameters, Training, fit
 
 # (Hyperparameters, areas, replicas): small and large, few and many areas
 SHAPES = (
@@ -34,7 +36,8 @@ def against_the_original(shapes=SHAPES, n_runs=7, device="auto", precision="auto
     """Ours beside the original's loop in the same run, alternating: one dict a shape.
 
     Keys: d, rank, n_areas, seq_len, batch_size, n_replicas; baseline_ms and ours_ms a replica-step (medians); ratio,
-    ratio_low and ratio_high (median, least and largest of n_runs pairs); limits' share of what is possible.
+    ratio_low and ratio_high (median, least and largest of n_runs pairs); gflop and mbyte a replica-step (work) and, as
+    shares of ours_ms, how long the machine would need for either at its best (limits).
     The baseline is one replica in tests/reference.py's loop: a batch sample by sample, and an evaluation after each
     step. Ours has a stem besides, and F = d for both.
     """
@@ -176,6 +179,62 @@ def _reference():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def trials_an_hour(n_workers, n_trials=6, budget=None):
+    """Trials an hour of one study with this many single-threaded workers, each a process that has started before.
+
+    All trials are the same: n_trials for each worker.
+    """
+    from ctbprn_lib.confirm import pool
+
+    budget = budget or Budget(n_steps=30, n_replicas=3, n_evals=1, n_validation=64)
+    with tempfile.TemporaryDirectory() as folder, pool(n_workers) as workers:
+        url = f"sqlite:///{folder}/study.db"
+        list(
+            workers.map(
+                _work, [f"sqlite:///{folder}/{i}.db" for i in range(n_workers)], [1] * n_workers, [budget] * n_workers
+            )
+        )
+        started = time.perf_counter()
+        list(workers.map(_work, [url] * n_workers, [n_trials * n_workers] * n_workers, [budget] * n_workers))
+        return 3600 * n_trials * n_workers / (time.perf_counter() - started)
+
+
+def _work(url, n_trials, budget):
+    from ctbprn_lib import search
+
+    task, hp = RoutingTask(), Hyperparameters()
+    space = {name: [getattr(hp, name)] for name in search.default_space(task)}
+    asked = dict(task=task, space=space, budget=budget)
+    search.run_trials(search.open_study("speed", url, pruner="none", **asked), n_trials, **asked)
+
+
+def search_seconds(n_trials=20):
+    """Seconds a trial costs beyond its training: the sampler, the database, the record (SQLite; 5 scorings a trial)."""
+    from ctbprn_lib import search
+
+    task, budget = RoutingTask(n_features=4, n_tokens=4), Budget(n_steps=5, n_replicas=3, n_validation=1)
+    asked = dict(task=task, space=search.default_space(task) | {"d": [4], "rank": [1]}, budget=budget)
+    with tempfile.TemporaryDirectory() as folder:
+        study = search.open_study("cost", f"sqlite:///{folder}/study.db", pruner="none", **asked)
+        whole = _seconds(lambda n: search.run_trials(study, n, **asked), n_trials)
+    hp = Hyperparameters(d=4, rank=1, seq_len=4)
+    training = _seconds(lambda n: [fit(hp, task, budget, seed) for seed in range(n)], n_trials)
+    return (whole - training) / n_trials
+
+
+def import_seconds():
+    """Seconds that model, tasks and train take to import once torch is there, in a process of its own."""
+    timed = "t = time.perf_counter(); from ctbprn_lib import model, tasks, train; print(time.perf_counter() - t)"
+    return float(subprocess.check_output((sys.executable, "-c", f"import time, torch; {timed}")))
+
+
+def published_seconds():
+    """Seconds of the whole published protocol, ten trials."""
+    from ctbprn_lib import published
+
+    return _seconds(lambda _: published.run_study(), 1)
 
 
 def main(device="auto"):

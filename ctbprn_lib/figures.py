@@ -6,6 +6,7 @@ Colours: Okabe and Ito's palette, which colour-blind readers can tell apart.
 import matplotlib as mpl
 import numpy as np
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter, NullLocator
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#777777",
@@ -248,6 +249,19 @@ def power(ax, sizes, shares):
     ax.axhline(80, color=GREY, ls="--", label="80 %")
     ax.set(xlabel="true effect (accuracy points)", ylabel="reports that find it (%)", ylim=(-3, 103))
     ax.legend(fontsize=9)
+    return ax
+
+
+def growth(ax, sizes, throughput, memory, label):
+    """Replica-steps a second against a size, both logarithmic; beside each point its peak memory in MiB."""
+    ax.loglog(sizes, throughput, "o-", ms=5, lw=1, color=BLUE)
+    for x, y, mib in zip(sizes, throughput, memory, strict=True):
+        ax.annotate(f"{mib:,.0f} MiB", (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=7, color=GREY)
+    ax.set_xticks(sizes, [f"{x:g}" for x in sizes])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel=label, ylabel="replica-steps a second", ylim=(min(throughput) / 1.5, max(throughput) * 1.6))
+    ax.margins(x=0.12)
     return ax
 
 

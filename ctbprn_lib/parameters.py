@@ -16,9 +16,9 @@ from ctbprn_lib.search import OBJECTIVES, PRUNERS, SAMPLERS, commit, device_name
 from ctbprn_lib.storage import storage_url, study_folder
 
 AT_LEAST_ONE = {"n_trials", "n_steps", "n_replicas", "d", "rank", "batch_size", "n_samples", "max_steps", "n_top"}
-AT_LEAST_ONE |= {"n_test", "n_sets", "n_reports", "n_power"}
-AT_LEAST_TWO = {"n_seeds", "n_fresh_seeds", "n_spread_seeds", "n_curve_seeds"}  # an interval needs two
-ABOVE_ZERO = {"lr", "temperature"}
+AT_LEAST_ONE |= {"n_test", "n_sets", "n_reports", "n_power", "n_runs"}
+AT_LEAST_TWO = {"n_seeds", "n_fresh_seeds", "n_spread_seeds", "n_curve_seeds", "n_pairs"}  # an interval needs two
+ABOVE_ZERO = {"lr", "temperature", "run_seconds"}
 CHOICES = {
     "protocol": ("replicated",),
     "objective": tuple(OBJECTIVES),

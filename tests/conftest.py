@@ -64,4 +64,6 @@ def project(tmp_path_factory):
     for name in ("ctbprn_lib", "notebooks"):
         shutil.copytree(storage.REPORTS.parent / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "runs").mkdir()
+    (root / "tests").mkdir()
+    shutil.copy(pathlib.Path(__file__).with_name("reference.py"), root / "tests")  # the benchmark's baseline
     return Project(root)
