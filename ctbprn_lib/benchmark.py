@@ -237,25 +237,29 @@ def published_seconds():
     return _seconds(lambda _: published.run_study(), 1)
 
 
-def main(device="auto"):
+def sizes(device):
+    """{size: values} that scaling is asked for on a device."""
+    many = (1, 4, 16, 64, 128, 256) if device.type == "cuda" else (1, 2, 4, 8, 16)
+    return {"n_replicas": many, "seq_len": (16, 32, 64, 128), "d": (16, 32, 64, 128)}
+
+
+def main(device="auto", shapes=SHAPES, grow=None):
     """Print the tables."""
-    resolved = resolve_device(device)
-    on_gpu = resolved.type == "cuda"
-    name = torch.cuda.get_device_name(resolved) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    precision = resolve_precision("auto", resolved)
-    print(f"torch {torch.__version__}; {name}; {precision}\n")
-    for row in against_the_original(device=device):
+    where = resolve_device(device)
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}; {name}; {resolve_precision('auto', where)}; a replica-step:\n")
+    for row in against_the_original(shapes, device=device):
         print(
-            "d {d}, rank {rank}, K {n_areas}, T {seq_len}, B {batch_size}, R {n_replicas}: {baseline_ms:.2f} ms and "
-            "{ours_ms:.3f} ms a replica-step, {ratio:.1f} times [{ratio_low:.1f}, {ratio_high:.1f}]; {gflop:.2f} GFLOP "
-            "at {arithmetic_share:.0%} and {mbyte:.0f} MB at {memory_share:.0%} of the machine's best".format(**row)
+            "d {d}, rank {rank}, K {n_areas}, T {seq_len}, B {batch_size}, R {n_replicas}: {baseline_ms:.2f} ms in the "
+            "original's loop, {ours_ms:.3f} ms here, {ratio:.1f} times [{ratio_low:.1f}, {ratio_high:.1f}]; "
+            "{gflop:.2f} GFLOP at {arithmetic_share:.0%} and {mbyte:.1f} MB at {memory_share:.0%} of the machine's best".format(
+                **row
+            )
         )
     print()
-    replicas = [2**i for i in range(9 if on_gpu else 5)]
-    for size, values in (("n_replicas", replicas), ("seq_len", [16, 32, 64, 128]), ("d", [16, 32, 64, 96, 128])):
-        for row in scaling(size, values, device=device):
-            print(f"{size} {row[size]}: {row['replica_steps_per_s']:,.0f} replica-steps a second, "
-                  f"{row['peak_mem_mib']:,.0f} MiB")  # fmt: skip
+    for size, values in (grow or sizes(where)).items():
+        for row in scaling(size, values, shapes[min(2, len(shapes) - 1)], device=device):
+            print("{} {}: {:,.0f} replica-steps a second, {:,.0f} MiB".format(size, *row.values()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""What the benchmark counts and compares; times themselves are never asserted."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ctbprn_lib import benchmark, tasks
+from ctbprn_lib.train import Hyperparameters
+
+HP = Hyperparameters(d=8, rank=2, batch_size=4, seq_len=6)
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch):
+    monkeypatch.setattr(benchmark, "SECONDS", 1e-3)
+
+
+@pytest.mark.parametrize(("K", "layers"), [(2, 1), (3, 2)])
+def test_the_operations_of_a_step_are_those_of_its_products(K, layers):
+    hp = Hyperparameters(d=8, rank=2, batch_size=4, seq_len=6, n_layers=layers)
+    B, T, F, d, r, C = 4, 6, 12, 8, 2, 2
+    N = B * K * T
+    stem, head = N * F * d, B * K * d * C
+    controller = B * K * d * d + B * K * d * 2 * d + B * 2 * d * K
+    columns = 4 * N * d * d + N * d * r + 2 * N * K * r * d + K * 2 * d * d * K * r
+    products = stem + layers * (controller + columns) + head
+    flop, moved = benchmark.work(hp, tasks.RoutingTask(K, F, T), "fp32")
+    assert flop == 2 * (3 * products - stem)  # the input needs no gradient
+    assert moved > 4 * 2 * layers * 10 * N * d
+
+
+def test_fewer_bytes_are_moved_in_bf16():
+    task = tasks.RoutingTask(2, 64, 32)
+    hp = Hyperparameters(d=64, rank=4, batch_size=8, seq_len=32)
+    (flop, full), (same, half) = (benchmark.work(hp, task, precision) for precision in ("fp32", "bf16"))
+    assert flop == same and half < 0.8 * full
+
+
+def test_ours_is_compared_with_the_original_in_turns():
+    row, second = benchmark.against_the_original([(HP, 2, 3), (HP, 3, 1)], n_runs=3, device="cpu", precision="fp32")
+    assert (row["d"], row["n_areas"], row["n_replicas"], second["n_areas"]) == (8, 2, 3, 3)
+    assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"] and min(row.values()) > 0
+    assert row["baseline_ms"] / row["ours_ms"] == pytest.approx(row["ratio"], rel=1) and row["gflop"] < second["gflop"]
+
+
+def test_throughput_is_measured_for_every_size_that_fits(monkeypatch):
+    rows = benchmark.scaling("n_replicas", (1, 2, 3), (HP, 2, 1), 1, "cpu", "fp32")
+    assert [row["n_replicas"] for row in rows] == [1, 2, 3] and all(row["replica_steps_per_s"] > 0 for row in rows)
+    make = benchmark.Training
+
+    def too_large(hp, *rest):
+        if hp.seq_len > 4:
+            raise torch.OutOfMemoryError
+        return make(hp, *rest)
+
+    monkeypatch.setattr(benchmark, "Training", too_large)
+    rows = benchmark.scaling("seq_len", (2, 4, 8, 3), (HP, 2, 1), 1, "cpu", "fp32")
+    assert [row["seq_len"] for row in rows] == [2, 4]
+
+
+def test_a_worker_s_trials_are_counted(small_task):
+    from ctbprn_lib.train import Budget
+
+    assert benchmark.trials_an_hour(2, 1, Budget(1, 1, n_evals=1, n_validation=1)) > 0
+    assert benchmark.search_seconds(2) > 0 and benchmark.import_seconds() > 0
+
+
+def test_it_prints_its_table_with_torch_and_numpy_alone():
+    script = """
+import sys
+for name in ("optuna", "pandas", "matplotlib", "aeon", "scipy", "safetensors", "yaml", "tqdm", "IPython", "papermill"):
+    sys.modules[name] = None
+from ctbprn_lib import benchmark, train
+benchmark.SECONDS = 1e-3
+hp = train.Hyperparameters(d=4, rank=1, batch_size=2, seq_len=4)
+benchmark.main("cpu", [(hp, 2, 2)], {"n_replicas": [1, 2], "d": [4]})
+"""
+    done = subprocess.run((sys.executable, "-c", script), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "d 4, rank 1, K 2, T 4, B 2, R 2:" in done.stdout and "times [" in done.stdout
+    assert done.stdout.count("replica-steps a second") == 3
