@@ -5,6 +5,7 @@ A trial is one seed: five steps, each followed by a fresh batch of at most 32 sa
 """
 
 import io
+from contextlib import suppress
 
 import numpy as np
 import optuna
@@ -12,7 +13,7 @@ import pandas as pd
 import torch
 import torch._dynamo  # torch.optim imports it on first use: a second of import, not of the protocol
 
-from ctbprn_lib import __version__
+from ctbprn_lib import InputError, __version__, files
 from ctbprn_lib.model import CTBPRN, draw_initial_values
 from ctbprn_lib.scoring import cross_entropy, score
 from ctbprn_lib.storage import whole
@@ -169,11 +170,12 @@ def once(path, run, **asked):
     """The table that run() makes, or the one that an earlier call left at path for the same asked and versions.
 
     asked: what the table depends on, as plain values; they become columns of the file, not of the table.
+    A file that is damaged or of something else is made again.
     """
     asked |= {"torch": torch.__version__, "ctbprn": __version__}
-    if path.exists():
-        table = pd.read_csv(path, dtype=dict.fromkeys(asked, str), float_precision="round_trip")
-        if all(name in table and (table[name] == str(value)).all() for name, value in asked.items()):
+    with suppress(InputError):
+        table = files.table(path, text=asked)
+        if len(table) and all((table[name] == str(value)).all() for name, value in asked.items()):
             return table.drop(columns=list(asked))
     path.parent.mkdir(parents=True, exist_ok=True)
     table = run()
