@@ -19,7 +19,7 @@ import yaml
 from ctbprn_lib import InputError
 
 SMALL, GROWTH = 2**24, 100  # bytes that any file may unpack to, and how many times its own size a larger one may
-LONGEST_YAML = 10_000  # characters
+LONGEST_YAML, DEEPEST_YAML = 10_000, 10  # characters, collections in collections
 
 
 def too_large(n_bytes, of):
@@ -88,8 +88,11 @@ def mapping(path, expected):
     with _reading(path, "a readable YAML file"):
         if path.stat().st_size > 4 * LONGEST_YAML or len(text := path.read_text(encoding="utf-8")) > LONGEST_YAML:
             raise ValueError(f"longer than {LONGEST_YAML:,} characters")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it has an alias, which can stand for anything a million times over")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):  # as it is read: the loader takes minutes over a deep nest
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST_YAML:
+                raise ValueError("it has an alias or too many levels")
         given = yaml.safe_load(text)
     if not isinstance(given, dict) or not given or not all(isinstance(name, str) for name in given):
         raise InputError(f"{path}: expected {expected}")

@@ -285,7 +285,7 @@ def _names(values, what, refuse):
     try:
         names = tuple(v.decode() if isinstance(v, bytes) else str(v) for v in values.tolist())
         "".join(names).encode()  # numpy also holds code points that are no text
-    except ValueError:
+    except (ValueError, SystemError):  # the latter for code points beyond the last
         refuse(f"{what} must hold whole numbers or strings, got something that is no text")
     return names
 

@@ -279,6 +279,14 @@ def effect(test):
     return f"{said}, {'p < 0.001' if p < 0.001 else f'p = {p:.{digits}f}'}"
 
 
+def scores_of_seeds(path):
+    """The SCORES of a trial's seeds that have them, from a CSV file.  Raises InputError for fewer than two."""
+    table = files.table(path, numbers=SCORES).dropna()
+    if len(table) < 2:
+        raise InputError(f"{path}: expected at least two seeds with {' and '.join(SCORES)}, got {len(table)}")
+    return table
+
+
 def from_reproduction(trial_1, trial_2, published):
     """{claim: (verdict, detail)} for the two claims that published.seed_scores of trials 1 and 2 decide.
 
