@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 from ctbprn_lib import InputError, figures, files, findings, published, report, search, simulate, tasks, train, verdicts
 from ctbprn_lib.model import CTBPRN, _sha256
+from ctbprn_lib.storage import study_folder
 
 ROOT = Path(__file__).parent.parent
 FUZZ = settings(max_examples=80, deadline=None, derandomize=True, database=None,
@@ -626,5 +627,5 @@ def test_pictures_show_names_without_reading_them_as_mathematics():
 
 def test_study_names_that_a_task_suggests_stay_inside_reports(reports):
     for name in (*NASTY, "..", "/", ".", "-", "\0", "con" * 99):
-        folder = search.study_folder(search.study_name_for(SimpleNamespace(description={"task": f"{name}.npz"})))
+        folder = study_folder(search.study_name_for(SimpleNamespace(description={"task": f"{name}.npz"})))
         assert folder.parent == reports and folder.resolve().parent == reports.resolve()
