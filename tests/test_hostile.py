@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import time
@@ -239,6 +240,13 @@ def test_a_pickle_is_never_read(tmp_path):
     assert not marker.exists()
     pickle.loads(pickle.dumps(Code(marker)))
     assert marker.exists()
+
+
+def test_nothing_in_the_project_reads_a_pickle_or_runs_what_it_reads():
+    sources = [*(ROOT / "ctbprn_lib").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
+    reads = r"pickle\.loads?\(|read_pickle|torch\.load\(|joblib|allow_pickle=True|yaml\.load\(|\b(eval|exec)\("
+    assert len(sources) > 20
+    assert not [path.name for path in sources if re.search(reads, path.read_text().replace("safe_load(", ""))]
 
 
 def test_a_small_archive_that_unpacks_to_much_is_refused_and_one_without_compression_is_not(tmp_path):

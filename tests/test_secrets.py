@@ -2,12 +2,16 @@
 
 import contextlib
 import os
+import re
+import socket
 import stat
 import subprocess
 import sys
 import threading
 import time
 import traceback
+import urllib.error
+import urllib.request
 
 import psutil
 import pytest
@@ -153,6 +157,34 @@ def test_a_run_keeps_to_the_umask_and_listens_to_nobody_else(project):
     assert len(left) > 10
     for path in left:
         assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
+
+
+def test_jupyterlab_is_for_this_machine_and_whoever_has_its_token(tmp_path):
+    """As make lab starts it, without the browser."""
+    assert re.findall(r"jupyter lab (.*)", (storage.REPORTS.parent / "Makefile").read_text()) == [
+        "$(if $(filter 0,$(shell id -u)),--allow-root) notebooks"  # no other address, no other token
+    ]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = (sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}", str(tmp_path))
+    names = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    names |= {"HOME": str(tmp_path), "IPYTHONDIR": str(tmp_path / "ipython")}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=os.environ | names, stdout=log, stderr=log)
+    try:
+        for _ in range(300):
+            with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(f"http://127.0.0.1:{port}/api"):
+                break
+            time.sleep(0.1)
+        heard = [c.laddr for c in psutil.Process(process.pid).net_connections() if c.status == psutil.CONN_LISTEN]
+        assert port in {address.port for address in heard}
+        assert {address.ip for address in heard} <= {"127.0.0.1", "::1"}
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/api/contents")
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
