@@ -341,7 +341,7 @@ class ConfirmedReport(Report):
         """Verdicts that other records decide: the reproduction's tables and memory."""
         found, folder = {}, storage.REPORTS / "reproduce"
         if (folder / "trial_1_seeds.csv").exists():
-            one, two = (verdicts.scores_of_seeds(folder / f"trial_{n}_seeds.csv") for n in (1, 2))
+            one, two = (published.scores_of_seeds(folder / f"trial_{n}_seeds.csv") for n in (1, 2))
             found |= verdicts.from_reproduction(one, two, published.TABLE.loc[2, "val_accuracy"])
         if self.memory and self.about["largest_batch"]:
             mine = memory.predicted(self.memory, published.hyperparameters(2), self.task)

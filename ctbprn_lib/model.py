@@ -203,17 +203,10 @@ class CTBPRN(nn.Module):
         from safetensors.torch import save
 
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-<<<<<<< HEAD
         metadata = {"ctbprn": json.dumps(self.config), "sha256": digest(state)}
-        save_file(state, str(path), metadata=metadata)
-=======
-        metadata = {"ctbprn": json.dumps(self.config), "sha256": _sha256(state)}
-        new = Path(
-            f"{path}.new"
-        )  # (safetensors' own save_file hides what it writes from the group, whatever the umask)
-        new.write_bytes(save(state, metadata=metadata))
+        new = Path(f"{path}.new")
+        new.write_bytes(save(state, metadata=metadata))  # save_file's own files are 0600, whatever the umask
         os.replace(new, path)
->>>>>>> ad0b608 (A parameter that is code is refused before it runs; a password reaches no notebook, message or traceback)
 
     @classmethod
     def load(cls, path):

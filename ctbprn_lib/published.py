@@ -187,6 +187,17 @@ def once(path, run, **asked):
     return table
 
 
+def scores_of_seeds(path):
+    """The test_accuracy and test_ce of the seeds that have them, from a CSV file of seed_scores.
+
+    Raises InputError for fewer than two.
+    """
+    table = files.table(path, numbers={"test_accuracy": 1, "test_ce": 1000}).dropna()  # largest values
+    if len(table) < 2:
+        raise InputError(f"{path}: expected at least two seeds with test_accuracy and test_ce, got {len(table)}")
+    return table
+
+
 def _sha256(table):
     return hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()
 

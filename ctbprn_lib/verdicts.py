@@ -14,7 +14,6 @@ MARGIN = 0.01  # the smallest difference of accuracy (or of the share routed wel
 LEVEL = 0.05  # of all tests of a report together
 SUPPORTED, REFUTED, UNDECIDED, NOT_TESTED = "supported", "refuted", "undecided", "not tested yet"
 SAME = "no effect larger than one accuracy point"
-SCORES = {"test_accuracy": 1, "test_ce": 1000}  # columns of the tables that verdicts follow from; no score is larger
 
 
 class Contrast(NamedTuple):
@@ -277,14 +276,6 @@ def effect(test):
     p = test["p_holm"]
     digits = 4 if p < LEVEL <= round(p, 3) else 3  # a decided p is not printed as if it were not
     return f"{said}, {'p < 0.001' if p < 0.001 else f'p = {p:.{digits}f}'}"
-
-
-def scores_of_seeds(path):
-    """The SCORES of a trial's seeds that have them, from a CSV file.  Raises InputError for fewer than two."""
-    table = files.table(path, numbers=SCORES).dropna()
-    if len(table) < 2:
-        raise InputError(f"{path}: expected at least two seeds with {' and '.join(SCORES)}, got {len(table)}")
-    return table
 
 
 def from_reproduction(trial_1, trial_2, published):

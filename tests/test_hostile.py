@@ -31,7 +31,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from test_report import made
 
 from ctbprn_lib import InputError, figures, files, findings, published, report, search, simulate, tasks, verdicts
-from ctbprn_lib.model import CTBPRN, _sha256
+from ctbprn_lib.checkpoint import digest
+from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.publish import render
 from ctbprn_lib.storage import study_folder
 from ctbprn_lib.train import PeakMemory
@@ -557,7 +558,7 @@ def signed(path, change=None, **config):
     model = CTBPRN(4, 8, 2, 2)
     state = {name: value.detach().clone() for name, value in model.state_dict().items()} | (change or {})
     try:
-        sha256 = _sha256(state)
+        sha256 = digest(state)
     except TypeError:  # a kind of number that numpy has not
         sha256 = ""
     said = config["text"] if "text" in config else json.dumps(model.config | config)
