@@ -4,4 +4,11 @@ __version__ = "0.1.0"
 
 
 class InputError(ValueError):
-    """Something given to the library cannot be used; the message says what, where, and what was expected."""
+    """Something given to the library cannot be used; the message says what, where, and what was expected.
+
+    It may quote names from anywhere, so characters that do not print are shown escaped, and it ends after 2,000.
+    """
+
+    def __init__(self, message):
+        shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)
+        super().__init__(shown if len(shown) <= 2000 else shown[:2000] + " …")

@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, NullLocator
 
+from ctbprn_lib import files
+
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#777777",
 )  # fmt: skip
@@ -40,6 +42,7 @@ STYLE = {
     "legend.frameon": False,
 }
 mpl.rcParams.update(STYLE)
+LONGEST_NAME = 30  # characters of a name from outside that a picture has room for
 
 
 def scatter(ax, trials, x, y, color=BLUE, label=None, annotate=True):
@@ -171,8 +174,11 @@ def routing(ax, shares, row_names, area_names, title, ylabel):
     ax.imshow(100 * np.asarray(shares), vmin=0, vmax=100, cmap="cividis")
     for (i, j), share in np.ndenumerate(np.asarray(shares)):
         ax.text(j, i, f"{100 * share:.0f} %", ha="center", va="center", color="white" if share < 0.55 else "black")
-    ax.set_xticks(range(len(area_names)), area_names)
-    ax.set_yticks(range(len(row_names)), row_names)
+    for set_ticks, names in ((ax.set_xticks, area_names), (ax.set_yticks, row_names)):
+        shown = [
+            name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "…" for name in map(files.printable, names)
+        ]
+        set_ticks(range(len(names)), shown, parse_math=False)
     ax.set(xlabel="area the router looks at", ylabel=ylabel, title=title)
     ax.grid(visible=False)
     return ax

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import yaml
 
-from ctbprn_lib import confirm, evidence, memory, published, search, storage, tasks, verdicts
+from ctbprn_lib import confirm, evidence, files, memory, published, search, storage, tasks, verdicts
 from ctbprn_lib.report import NAMES, Report, escape, nats, percent, sections, span, table, value
 from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO
 from ctbprn_lib.verdicts import BEST, LEVEL, REFUTED, SAME, SUPPORTED, TRIAL_2, UNDECIDED, Contrast, effect
@@ -95,7 +95,7 @@ class ConfirmedReport(Report):
         if self.claims_table is None:
             return "The original's claims are about the routing task; they are tested in its report."
         counts = self.claims_table["verdict"].value_counts()
-        order = (SUPPORTED, REFUTED, SAME, UNDECIDED, "not tested yet")
+        order = (SUPPORTED, REFUTED, SAME, UNDECIDED, verdicts.NOT_TESTED)
         said = ", ".join(f"{counts[word]} {word}" for word in order if word in counts)
         rows = [
             [f"“{claim}”", decided_by, f"**{verdict}**" + f": {detail}" * bool(detail)]
@@ -183,7 +183,7 @@ class ConfirmedReport(Report):
                     f"{e.seeds_needed(open_ones)} seeds a level would decide it in 80 % of reports."
                 )
         if self.claims_table is not None:
-            still = self.claims_table[self.claims_table["verdict"].isin([UNDECIDED, "not tested yet"])]
+            still = self.claims_table[self.claims_table["verdict"].isin([UNDECIDED, verdicts.NOT_TESTED])]
             lines += [f"“{row['claim']}”: {row['verdict']}." for _, row in still.iterrows()]
         return "\n".join(f"- {line}" for line in lines) or "- Nothing that was asked."
 
@@ -206,9 +206,9 @@ class ConfirmedReport(Report):
         )
 
     def reproduce(self):
-        a, runs = self.about, self._once()
+        a, runs, task = self.about, self._once(), files.word(self.task["task"])
         command = (
-            f"papermill notebooks/confirm.ipynb runs/confirm.ipynb -p study_name again -p task {self.task['task']} "
+            f"papermill notebooks/confirm.ipynb runs/confirm.ipynb -p study_name again -p task {task} "
             f"-p n_seeds {a['n_seeds']} -p n_test {a['n_test']} -p n_top {a['n_top']} -p seed {a['seed']}"
         )
         used = "; ".join(", ".join(sorted(set(map(str, runs[name])))) for name in ("commit", "torch", "device"))
@@ -341,7 +341,7 @@ class ConfirmedReport(Report):
         """Verdicts that other records decide: the reproduction's tables and memory."""
         found, folder = {}, storage.REPORTS / "reproduce"
         if (folder / "trial_1_seeds.csv").exists():
-            one, two = (pd.read_csv(folder / f"trial_{n}_seeds.csv").dropna() for n in (1, 2))
+            one, two = (published.scores_of_seeds(folder / f"trial_{n}_seeds.csv") for n in (1, 2))
             found |= verdicts.from_reproduction(one, two, published.TABLE.loc[2, "val_accuracy"])
         if self.memory and self.about["largest_batch"]:
             mine = memory.predicted(self.memory, published.hyperparameters(2), self.task)

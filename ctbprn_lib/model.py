@@ -6,6 +6,7 @@ T tokens, F input features, d width, r router rank, L layers, C classes.
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 from ctbprn_lib import InputError
 from ctbprn_lib.checkpoint import digest
+
+CONFIG = ("n_features", "d", "rank", "n_areas", "n_layers", "n_classes", "n_replicas", "stem")
 
 
 def _linear(weight, x, bias=None):
@@ -41,15 +44,19 @@ class Layer(nn.Module):
 
     def __init__(self, R, K, d, r):
         super().__init__()
-        shapes = {
+        for name, shape in self.shapes(R, K, d, r).items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    @staticmethod
+    def shapes(R, K, d, r):
+        """{parameter: shape}."""
+        return {
             "W_b": (R, K, d, d), "W_a": (R, K, d, d), "W_g": (R, K, d, 2 * d), "beta": (R, K, d),
             "W_m1": (R, K, d, d), "W_m2": (R, K, d, d), "norm_gain": (R, K, d), "norm_bias": (R, K, d),
             "U": (R, K, d, r), "V": (R, K, d, r), "P": (R, d, d), "p": (R, d),
             "ctrl_gain": (R, K * d), "ctrl_bias": (R, K * d),
             "H1": (R, 2 * d, K * d), "b1": (R, 2 * d), "H2": (R, K, 2 * d), "b2": (R, K),
         }  # fmt: skip
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     def forward(self, x, token_weight, temperature, gumbel):
         """x (R,K,B,T,d), token_weight (R,1,B,T) summing to 1 over T or None, gumbel (R,B,K) or None.
@@ -105,19 +112,15 @@ class CTBPRN(nn.Module):
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
         if not stem and n_features != d:
             raise InputError(f"without a stem n_features must equal d, got n_features {n_features} and d {d}")
-        R, K, C = n_replicas, n_areas, n_classes
+        R, K = n_replicas, n_areas
         tau = torch.as_tensor(temperature, dtype=torch.float32).expand(R).clone()
         if not (tau > 0).all():
             raise InputError(f"temperature must be above 0, got {temperature}")
         self.register_buffer("temperature", tau)
-        if stem:
-            self.stem_weight = nn.Parameter(torch.zeros(R, K, d, n_features))
-            self.stem_bias = nn.Parameter(torch.zeros(R, K, d))
+        for name, shape in _shapes(**self.config).items():
+            if "." not in name and name != "temperature":
+                self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         self.layers = nn.ModuleList(Layer(R, K, d, rank) for _ in range(n_layers))
-        self.head_gain = nn.Parameter(torch.zeros(R, K * d))
-        self.head_bias = nn.Parameter(torch.zeros(R, K * d))
-        self.head_weight = nn.Parameter(torch.zeros(R, C, K * d))
-        self.head_c = nn.Parameter(torch.zeros(R, C))
         if seed is None:
             return
         seeds = [seed + r for r in range(R)] if isinstance(seed, int) else list(seed)
@@ -197,36 +200,63 @@ class CTBPRN(nn.Module):
 
     def save(self, path):
         """Write weights, configuration and a SHA-256 of the weights to a safetensors file."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         metadata = {"ctbprn": json.dumps(self.config), "sha256": digest(state)}
-        save_file(state, str(path), metadata=metadata)
+        new = Path(f"{path}.new")
+        new.write_bytes(save(state, metadata=metadata))  # save_file's own files are 0600, whatever the umask
+        os.replace(new, path)
 
     @classmethod
     def load(cls, path):
         """Read a model that save wrote.  Raises InputError naming the file and what is wrong with it."""
         from safetensors import SafetensorError, safe_open
 
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"{path}: there is no such file")
+        def refuse(what):
+            raise InputError(f"{path}: {what}")
+
+        if not os.path.isfile(path):
+            refuse("there is no such file")
         try:
             with safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            refuse(f"not a whole safetensors file ({error})")
         if not {"ctbprn", "sha256"} <= set(metadata):
-            raise InputError(f"{path}: a safetensors file, but not one that CTBPRN.save wrote")
+            refuse("a safetensors file, but not one that CTBPRN.save wrote")
+        if any(value.dtype != torch.float32 for value in state.values()):
+            refuse("the weights must be float32")
         if digest(state) != metadata["sha256"]:
-            raise InputError(f"{path}: the weights do not match their SHA-256; the file is damaged")
+            refuse("the weights do not match their SHA-256; the file is damaged")
+        try:  # compared before anything is built: a few bytes of configuration could ask for any amount of memory
+            config = json.loads(metadata["ctbprn"])
+            whole = all(type(config[name]) is (bool if name == "stem" else int) for name in CONFIG)
+            fits = whole and set(config) == set(CONFIG) and 0 < config["n_layers"] <= len(state)
+            fits = fits and _shapes(**config) == {name: tuple(value.shape) for name, value in state.items()}
+        except (ValueError, TypeError, KeyError, RecursionError):
+            fits = False
+        if not fits:
+            refuse(f"the configuration does not fit the weights; it has {', '.join(CONFIG)}")
+        if not all(value.isfinite().all() for value in state.values()) or not (state["temperature"] > 0).all():
+            refuse("the weights must be finite numbers and temperature above 0")
         try:
-            model = cls(**json.loads(metadata["ctbprn"]), seed=None)
-            model.load_state_dict(state)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise InputError(f"{path}: the configuration does not fit the weights ({error})") from None
+            model = cls(**config, seed=None)
+        except InputError as error:
+            refuse(str(error))
+        model.load_state_dict(state)
         return model
+
+
+def _shapes(n_features, d, rank, n_areas, n_layers, n_classes, n_replicas, stem):
+    """{name: shape} of everything in the state of a network with this configuration."""
+    R, K = n_replicas, n_areas
+    shapes = {"stem_weight": (R, K, d, n_features), "stem_bias": (R, K, d)} if stem else {}
+    shapes |= {"head_gain": (R, K * d), "head_bias": (R, K * d), "head_weight": (R, n_classes, K * d)}
+    shapes |= {"head_c": (R, n_classes), "temperature": (R,)}
+    layer = Layer.shapes(R, K, d, rank)
+    return shapes | {f"layers.{i}.{name}": shape for i in range(n_layers) for name, shape in layer.items()}
 
 
 def draw_initial_values(config):

@@ -1,6 +1,7 @@
 """Checks a notebook's parameters before anything is trained.
 
-papermill accepts any name and keeps "false" as text, so the cell after the parameters calls check(globals()).
+papermill accepts any name, code too, and keeps "false" as text. So the cell after the parameters calls
+check(globals()), and the cell in between, which papermill writes, is read before IPython runs it.
 """
 
 import ast
@@ -9,6 +10,7 @@ import platform
 
 import optuna
 import torch
+from IPython import get_ipython
 
 from ctbprn_lib import InputError, __version__
 from ctbprn_lib.device import PRECISIONS, resolve_device
@@ -26,6 +28,7 @@ CHOICES = {
     "pruner": tuple(PRUNERS),
     "precision": PRECISIONS,
 }
+INJECTED = "# Parameters\n"  # papermill's first line
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -35,12 +38,9 @@ def check(namespace):
     What a parameter may be follows from the parameters cell itself: its name and its annotation there.
     Raises InputError that names the parameter, what it may be and, for an unknown one, the nearest name.
     """
-    known = {name: kind for name, kind in namespace["__annotations__"].items() if kind in KINDS}
-    for name in _injected(namespace.get("In", ())):
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.5)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise InputError(f"there is no parameter {name!r}{hint} The parameters are {', '.join(known)}")
+    known = _known(namespace)
+    cells = reversed(namespace.get("In", ()))
+    _check_injected(next((cell for cell in cells if cell.startswith(INJECTED)), ""), known)
     for name, kind in known.items():
         if name not in namespace:
             raise InputError(f"the parameter {name} is missing; it must be {KINDS[kind]}")
@@ -81,10 +81,36 @@ def _check_value(name, value, kind):
         resolve_device(value)
 
 
-def _injected(cells):
-    """Names that papermill's injected cell assigns; refuses anything there that is not a plain assignment."""
-    source = next((cell for cell in reversed(cells) if cell.startswith("# Parameters\n")), "")
-    for statement in ast.parse(source).body:
-        if not (isinstance(statement, ast.Assign) and all(isinstance(t, ast.Name) for t in statement.targets)):
+def _known(namespace):
+    return {name: kind for name, kind in namespace["__annotations__"].items() if kind in KINDS}
+
+
+def _check_injected(source, known):
+    """Refuse papermill's cell if it holds anything but names that are known and plain values."""
+    try:
+        statements = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise InputError(f"a parameter is a name and a value, got {source.removeprefix(INJECTED)!r}") from None
+    for statement in statements:
+        if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
             raise InputError(f"a parameter is a name and a value, got {ast.unparse(statement)!r}")
-        yield from (target.id for target in statement.targets)
+        name = statement.targets[0].id
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise InputError(f"there is no parameter {name!r}{hint} The parameters are {', '.join(known)}")
+        try:
+            ast.literal_eval(statement.value)
+        except ValueError:  # papermill writes float('nan') too, which none of the parameters may be
+            raise InputError(f"{name} must be {KINDS[known[name]]}, got {ast.unparse(statement.value)!r}") from None
+
+
+def _before_it_runs(lines):
+    """IPython's cells on their way: what -p 'seed=f();seed' 1 makes of papermill's would call f."""
+    if lines and lines[0] == INJECTED:
+        _check_injected("".join(lines), _known(get_ipython().user_ns))
+    return lines
+
+
+if get_ipython() is not None:
+    get_ipython().input_transformers_cleanup.append(_before_it_runs)

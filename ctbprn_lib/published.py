@@ -4,7 +4,9 @@ A trial is one seed: five steps, each followed by a fresh batch of at most 32 sa
 "Val Acc" is the best of those five accuracies, "CE Loss" the mean of the five training losses (MODEL section 4).
 """
 
+import hashlib
 import io
+from contextlib import suppress
 
 import numpy as np
 import optuna
@@ -12,7 +14,7 @@ import pandas as pd
 import torch
 import torch._dynamo  # torch.optim imports it on first use: a second of import, not of the protocol
 
-from ctbprn_lib import __version__
+from ctbprn_lib import InputError, __version__, files
 from ctbprn_lib.model import CTBPRN, draw_initial_values
 from ctbprn_lib.scoring import cross_entropy, score
 from ctbprn_lib.storage import whole
@@ -169,17 +171,35 @@ def once(path, run, **asked):
     """The table that run() makes, or the one that an earlier call left at path for the same asked and versions.
 
     asked: what the table depends on, as plain values; they become columns of the file, not of the table.
+    A file that is damaged or of something else is made again.
     """
     asked |= {"torch": torch.__version__, "ctbprn": __version__}
-    if path.exists():
-        table = pd.read_csv(path, dtype=dict.fromkeys(asked, str), float_precision="round_trip")
-        if all(name in table and (table[name] == str(value)).all() for name, value in asked.items()):
-            return table.drop(columns=list(asked))
+    with suppress(InputError):
+        table = files.table(path, text=[*asked, "sha256"])
+        kept = table.drop(columns=[*asked, "sha256"])
+        same = asked | {"sha256": _sha256(kept)}
+        if len(kept) and all((table[name] == str(value)).all() for name, value in same.items()):
+            return kept
     path.parent.mkdir(parents=True, exist_ok=True)
     table = run()
     with whole(path) as new:
-        table.assign(**asked).to_csv(new, index=False)
+        table.assign(**asked, sha256=_sha256(table)).to_csv(new, index=False)
     return table
+
+
+def scores_of_seeds(path):
+    """The test_accuracy and test_ce of the seeds that have them, from a CSV file of seed_scores.
+
+    Raises InputError for fewer than two.
+    """
+    table = files.table(path, numbers={"test_accuracy": 1, "test_ce": 1000}).dropna()  # largest values
+    if len(table) < 2:
+        raise InputError(f"{path}: expected at least two seeds with test_accuracy and test_ce, got {len(table)}")
+    return table
+
+
+def _sha256(table):
+    return hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()
 
 
 def tally(same):

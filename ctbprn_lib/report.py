@@ -9,7 +9,7 @@ import optuna
 import pandas as pd
 import yaml
 
-from ctbprn_lib import InputError, evidence
+from ctbprn_lib import InputError, evidence, files
 from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO, edge, load_study, records
 from ctbprn_lib.storage import study_folder
 
@@ -73,8 +73,7 @@ def sections(production, further, memory):
 
 def escape(text):
     """Text from outside as Markdown and HTML both show it literally, on one line."""
-    text = "".join(c if c.isprintable() else "�" for c in str(text))
-    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", lambda m: f"&#{ord(m[0])};", text)
+    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", lambda m: f"&#{ord(m[0])};", files.printable(text))
 
 
 class Report:
@@ -269,9 +268,9 @@ class Report:
 
     def reproduce(self):
         t = self.complete
-        b, q = self.budget, self.asked
+        b, q, task = self.budget, self.asked, files.word(self.task["task"])
         command = (
-            f"papermill notebooks/tune.ipynb runs/tune.ipynb -p study_name again -p task {self.task['task']} "
+            f"papermill notebooks/tune.ipynb runs/tune.ipynb -p study_name again -p task {task} "
             f"-p n_trials {int(self.trials['state'].isin(['complete', 'pruned']).sum())} -p n_steps {b['n_steps']} "
             f"-p n_replicas {b['n_replicas']} -p objective {q['objective']} -p seed {q['seed']} "
             f"-p precision {b['precision']} -p space reports/{self.name}/space.yaml"

@@ -17,9 +17,8 @@ import numpy as np
 import optuna
 import pandas as pd
 import torch
-import yaml
 
-from ctbprn_lib import InputError, __version__, checkpoint, storage, workers
+from ctbprn_lib import InputError, __version__, checkpoint, files, storage, workers
 from ctbprn_lib.evidence import mean_interval
 from ctbprn_lib.storage import connect, locked, storage_url, study_folder
 from ctbprn_lib.train import Hyperparameters, fit
@@ -40,6 +39,7 @@ PLACEBO = "placebo"  # drawn for every trial and used for nothing: what importan
 TUNING = 0  # first spawn key of a trial's SeedSequence: seeds of one purpose never serve another
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 ORIGIN = ("device", "precision", "torch", "optuna", "python", "commit")
+MOST = 1_000_000_000  # of a hyperparameter; its reciprocal is the least, for float32's sake
 HYPERPARAMETERS = [f.name for f in fields(Hyperparameters)]
 
 
@@ -60,18 +60,12 @@ def load_space(path, task):
 
     Raises InputError that names the file, the hyperparameter and what was expected.
     """
-    path = Path(path)
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
-    if not isinstance(given, dict) or not given:
-        raise InputError(f"{path}: expected hyperparameters and their ranges, such as 'd: [32, 64]'")
+    given = files.mapping(path, "hyperparameters and their ranges, such as 'd: [32, 64]'")
     space = default_space(task)
     for name, entry in given.items():
 
         def refuse(what, name=name):
-            raise InputError(f"{path}: {name}: {what}")
+            raise InputError(f"{path}: {str(name)[:80]}: {what}")
 
         if name not in HYPERPARAMETERS:
             refuse(f"not a hyperparameter; they are {', '.join(HYPERPARAMETERS)}")
@@ -86,12 +80,16 @@ def load_space(path, task):
             if not levels or any(levels.count(level) > 1 for level in levels):
                 refuse("expected at least one level, each once")
         for level in levels:
+            if isinstance(level, (int, float)) and not abs(level) <= MOST:
+                refuse(f"out of reach; expected at most {MOST:,}")
             try:
                 Hyperparameters(**{name: level})
             except InputError as error:
                 raise InputError(f"{path}: {error}") from None
-            if not math.isfinite(level) or (name == "seq_len" and level > task.n_tokens):
-                refuse(f"{level} is out of reach" + (f": the task has {task.n_tokens} tokens" * (name == "seq_len")))
+            if name == "seq_len" and level > task.n_tokens:
+                refuse(f"{level} is out of reach: the task has {task.n_tokens} tokens")
+            if level < 1 / MOST:
+                refuse(f"out of reach; expected at least {1 / MOST:g}")
         if isinstance(entry, dict) and entry["low"] >= entry["high"]:
             refuse(f"low must be below high, got {entry['low']} and {entry['high']}")
         space[name] = entry

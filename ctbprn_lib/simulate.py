@@ -5,8 +5,23 @@ import math
 import numpy as np
 import pandas as pd
 
+from ctbprn_lib import InputError, files
 from ctbprn_lib.confirm import LADDER
 from ctbprn_lib.verdicts import TRIAL_2
+
+
+def spreads(path):
+    """(configurations,) standard deviation over seeds of the error's logarithm, from a study's confirmed.csv.
+
+    An error of none counts as half of one in 8,192 samples.  Raises InputError for a file without repeated runs.
+    """
+    what = ["role", "base", "factor", "level"]
+    table = files.table(path, what, {"test_accuracy": 1})
+    errors = np.log((1 - table["test_accuracy"]).clip(lower=0.5 / 8192))
+    spread = errors.groupby([table[name] for name in what]).std().dropna()
+    if spread.empty:
+        raise InputError(f"{path}: expected at least two seeds of a configuration, each with its test_accuracy")
+    return spread
 
 
 def runs(n_seeds, rng, effects=None, accuracy=0.97, spread=0.25):

@@ -55,10 +55,10 @@ def study_folder(name):
 
 def storage_url(name, storage=""):
     """Where a study is kept: storage, else the variable CTBPRN_STORAGE, else SQLite in the study's own folder."""
-    if re.search(r"://[^/@]*:[^/@]*@", storage):
+    if storage and _secrets(storage):
         raise InputError(
-            "storage holds a password, which would be published with the notebook; "
-            "put the URL into the variable CTBPRN_STORAGE or the password into ~/.pgpass"
+            "storage holds a password, which papermill writes into its output notebook: delete that, and put the URL "
+            "into the variable CTBPRN_STORAGE or the password into ~/.pgpass"
         )
     storage = storage or os.environ.get("CTBPRN_STORAGE", "")
     storage = storage or f"sqlite:///{study_folder(name) / 'optuna_studies' / 'ctbprn_study.db'}"
@@ -73,7 +73,16 @@ def _parsed(url):
         parsed = None  # (its text may be a password)
     if parsed is None or parsed.get_backend_name() not in ("sqlite", "postgresql") or not parsed.database:
         raise InputError("storage must be sqlite:///<file> or postgresql://<user>@<server>/<database>")
+    if parsed.get_backend_name() == "postgresql" and "@" in f"{parsed.host}{parsed.database}":
+        raise InputError("storage has an @ too many; one in a password is written %40, and a / %2F")
     return parsed
+
+
+def _secrets(url):
+    """The passwords in a URL."""
+    url = _parsed(url)
+    asked = [value for key, value in url.query.items() if re.search("pass(?!file)|pwd|secret|token", key, re.I)]
+    return [str(secret) for secret in (url.password, *asked) if secret]
 
 
 def _place(url):
@@ -97,6 +106,8 @@ def _patiently(url, call):
             cause = error.__cause__ if isinstance(error, StorageInternalError) else error
             original = getattr(cause, "orig", None) or cause
             said = " ".join(str(original).split())
+            for secret in _secrets(url):
+                said = said.replace(secret, "***")
             if isinstance(original, sqlite3.Error):
                 passes = "locked" in said
             else:

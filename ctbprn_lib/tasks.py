@@ -6,14 +6,15 @@ seq_len is how many of the first tokens the network sees; labels always come fro
 """
 
 import hashlib
-import zipfile
+import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ctbprn_lib import InputError
+from ctbprn_lib import InputError, files
 
 SPLITS = ("train", "validation", "test")
 SPLIT_KEYS = {"validation": 1, "test": 3}  # of the routing task's seeds; the stem was chosen on samples made from key 2
@@ -119,28 +120,32 @@ class ArrayTask:
             raise InputError(f"{source}: {what}")
 
         x, y = np.asarray(x), np.asarray(y)
+        areas = None if areas is None else np.asarray(areas)
         if x.dtype.kind not in "fiu":
             refuse(f"x must hold numbers, got dtype {x.dtype}")
-        x = x.astype(np.float32)
-        if x.ndim == 3:
-            if areas is None:
-                refuse(f"x {x.shape} is (N,T,F) and needs areas: the area of each of the {x.shape[2]} features")
-            x, self.area_names = _by_area(x, np.asarray(areas), refuse)
-        elif x.ndim == 4:
-            names = range(1, x.shape[1] + 1) if areas is None else np.asarray(areas).tolist()
-            self.area_names = tuple(name if isinstance(name, str) else f"area {name}" for name in names)
-            if len(self.area_names) != x.shape[1]:
-                refuse(f"areas must name the {x.shape[1]} areas of x, got {len(self.area_names)}")
-        else:
+        if x.ndim not in (3, 4):
             refuse(f"x must be (N,K,T,F) or (N,T,F), got shape {x.shape}")
-        N, K, T, F = x.shape
-        if y.shape != (N,):
-            refuse(f"y must be ({N},) for x {x.shape}, got shape {y.shape}")
         if min(x.shape) < 1:
             refuse(f"x is empty: {x.shape}")
+        N, T, F = x.shape[0], *x.shape[-2:]
+        if y.shape != (N,):
+            refuse(f"y must be ({N},) for x {x.shape}, got shape {y.shape}")
         lengths = np.full(N, T) if lengths is None else np.asarray(lengths)
         if lengths.shape != (N,) or lengths.dtype.kind not in "iu" or lengths.min() < 1 or lengths.max() > T:
             refuse(f"lengths must be ({N},) whole numbers in 1..{T}")
+        with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is refused below
+            x = x.astype(np.float32)
+        if x.ndim == 3:
+            if areas is None:
+                refuse(f"x {x.shape} is (N,T,F) and needs areas: the area of each of the {F} features")
+            x, self.area_names = _by_area(x, areas, refuse)
+        else:
+            areas = np.arange(1, x.shape[1] + 1) if areas is None else areas
+            if areas.shape != x.shape[1:2]:
+                refuse(f"areas must name the {x.shape[1]} areas of x, got shape {areas.shape}")
+            names = _names(areas, "areas", refuse)
+            self.area_names = names if areas.dtype.kind in "US" else tuple(f"area {name}" for name in names)
+        N, K, T, F = x.shape
         mask = np.arange(T) < lengths[:, None]  # (N,T)
         missing = ~np.isfinite(x) & mask[:, None, :, None]
         if missing.any():
@@ -149,28 +154,31 @@ class ArrayTask:
                 f"x has {missing.sum()} missing or infinite values, the first at sample {n}, {self.area_names[k]}, "
                 f"token {t}, feature {f}; fill or drop them first"
             )
-        if y.dtype.kind not in "iuUSb":
-            refuse(f"y must hold whole numbers or strings, got dtype {y.dtype}")
         classes, y = np.unique(y, return_inverse=True)
+        self.class_names = _names(classes, "y", refuse)
         if len(classes) < 2:
             refuse("y holds a single class; at least two are needed")
         split = _splits(split, y, refuse)
         train = split == "train"
         if len(set(y[train])) < len(classes):
             absent = sorted(set(range(len(classes))) - set(y[train]))[0]
-            refuse(f"class {str(classes[absent])!r} has no training sample")
+            refuse(f"y: class {self.class_names[absent]!r} has no training sample")
 
         weight = mask[train][:, None, :, None]
         count = weight.sum((0, 2), keepdims=True)
         seen = np.where(weight, x[train], 0)
         mean = seen.sum((0, 2), keepdims=True, dtype=np.float64) / count
         std = np.sqrt((np.where(weight, seen - mean, 0) ** 2).sum((0, 2), keepdims=True) / count)
-        x = np.where(mask[:, None, :, None], (x - mean) / np.where(std > 1e-12, std, 1), 0).astype(np.float32)
+        with np.errstate(over="ignore"):
+            x = np.where(mask[:, None, :, None], (x - mean) / np.where(std > 1e-12, std, 1), 0).astype(np.float32)
+        if not np.isfinite(x).all():
+            refuse(
+                "x: a held-out sample lies so far from the training samples that float32 cannot hold it standardised"
+            )
 
         # what a new recording needs before the network of this task can read it
         self.standardised = {"mean": mean[0, :, 0].tolist(), "std": std[0, :, 0].tolist()}  # (K,F)
         self.n_areas, self.n_tokens, self.n_features, self.n_classes = K, T, F, len(classes)
-        self.class_names = tuple(str(c) for c in classes)
         self.n_samples = {name: int((split == name).sum()) for name in SPLITS}
         content = b"".join(array.tobytes() for array in (x, y, mask, split))
         self.description = dict(task=source, n_areas=K, n_features=F, n_tokens=T, n_classes=len(classes),
@@ -231,64 +239,71 @@ def load_task(name):
         return RoutingTask()
     if name.startswith("uea:"):
         return _load_uea(name.removeprefix("uea:"))
-    path = Path(name)
-    if path.suffix != ".npz":
+    if not name.endswith(".npz"):
         raise InputError(f'task {name!r}: expected "routing", "uea:<name or folder>" or the path of a .npz file')
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file")
-    try:
-        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, SyntaxError) as error:
-        raise InputError(f"{path}: not a readable .npz of plain arrays ({error})") from None
-    fields = {"x", "y", "areas", "split", "lengths"}
-    if not {"x", "y"} <= set(arrays) <= fields:
-        raise InputError(f"{path}: expected the arrays x, y and optionally areas, split, lengths; got {sorted(arrays)}")
-    return ArrayTask(**arrays, source=path.name)
+    arrays = files.npz(name, ("x", "y"), ("areas", "split", "lengths"))
+    return ArrayTask(**arrays, source=Path(name).name)
 
 
 def _load_uea(name):
     """A UEA archive problem: one that ships with aeon, or a folder with NAME_TRAIN.ts and NAME_TEST.ts."""
     try:
         import aeon
-        from aeon.datasets import load_from_ts_file
     except ImportError:
         raise InputError(f"task uea:{name} needs the aeon package: pip install 'ctbprn[uea]'") from None
     shipped = Path(aeon.__file__).parent / "datasets" / "data"
-    folder = next((place for place in (Path(name), shipped / name) if place.is_dir()), None)
+    folder = next((place for place in (Path(name), shipped / name) if os.path.isdir(place)), None)
     if folder is None:
         raise InputError(f"task uea:{name}: expected BasicMotions, JapaneseVowels or a folder with its .ts files")
-    try:
-        parts = [load_from_ts_file(str(folder / f"{folder.name}_{part}.ts")) for part in ("TRAIN", "TEST")]
-    except Exception as error:  # aeon raises whatever its parser trips over
-        raise InputError(f"task uea:{name}: could not be read ({type(error).__name__}: {error})") from None
-    series = [np.asarray(s, dtype=np.float32).T for x, _ in parts for s in x]  # each (T,F)
+    paths = [folder / f"{folder.name}_{part}.ts" for part in ("TRAIN", "TEST")]
+    (train, train_y), (test, test_y) = (files.ts(path) for path in paths)
+    series, n_features = train + test, train[0].shape[1]
+    if test[0].shape[1] != n_features:
+        raise InputError(f"{paths[1]}: {test[0].shape[1]} channels, where the training file has {n_features}")
     lengths = np.array([len(s) for s in series])
-    x = np.zeros((len(series), lengths.max(), series[0].shape[1]), np.float32)
+    n_bytes = 4 * len(series) * lengths.max() * n_features
+    if files.too_large(n_bytes, 4 * lengths.sum() * n_features):
+        raise InputError(f"{folder}: padded to the longest series, {lengths.max()} tokens, it is {n_bytes:,} bytes")
+    x = np.zeros((len(series), lengths.max(), n_features))
     for n, s in enumerate(series):
         x[n, : len(s)] = s
-    n_features = x.shape[2]
     halves = ["first half" if f < -(-n_features // 2) else "second half" for f in range(n_features)]
     return ArrayTask(
         x,
-        np.concatenate([y for _, y in parts]),
+        train_y + test_y,
         areas=UEA_AREAS.get(folder.name, halves),
-        split=np.repeat(["train", "test"], [len(y) for _, y in parts]),
+        split=np.repeat(["train", "test"], [len(train), len(test)]),
         lengths=lengths,
         source=f"uea:{folder.name}",
     )
+
+
+def _names(values, what, refuse):
+    """Areas or classes as text."""
+    if values.dtype.kind not in "iuUSb":
+        refuse(f"{what} must hold whole numbers or strings, got dtype {values.dtype}")
+    try:
+        names = tuple(v.decode() if isinstance(v, bytes) else str(v) for v in values.tolist())
+        "".join(names).encode()  # numpy also holds code points that are no text
+    except (ValueError, SystemError):  # the latter for code points beyond the last
+        refuse(f"{what} must hold whole numbers or strings, got something that is no text")
+    return names
 
 
 def _by_area(x, areas, refuse):
     """(N,T,F) -> (N,K,T,F'), features grouped by area name in order of first appearance, zero-padded to equal F'."""
     if areas.shape != (x.shape[2],):
         refuse(f"areas must name the area of each of the {x.shape[2]} features, got shape {areas.shape}")
-    names = list(dict.fromkeys(areas.tolist()))
-    groups = [np.flatnonzero(areas == name) for name in names]
-    out = np.zeros((x.shape[0], len(names), x.shape[1], max(map(len, groups))), np.float32)
+    labels = np.array(_names(areas, "areas", refuse))
+    names = tuple(dict.fromkeys(labels.tolist()))
+    groups = [np.flatnonzero(labels == name) for name in names]
+    shape = (x.shape[0], len(names), x.shape[1], max(map(len, groups)))
+    if files.too_large(4 * math.prod(shape), x.nbytes):
+        refuse(f"areas differ too much in size: padded to the largest, {shape[3]} features, x would be {shape}")
+    out = np.zeros(shape, np.float32)
     for k, features in enumerate(groups):
         out[:, k, :, : len(features)] = x[:, :, features]
-    return out, tuple(str(name) for name in names)
+    return out, names
 
 
 def _splits(split, y, refuse):
@@ -298,8 +313,8 @@ def _splits(split, y, refuse):
         plan = (("validation", 0.2), ("test", 0.2))
     else:
         split = np.asarray(split)
-        if split.shape != y.shape or split.dtype.kind != "U" or not set(split.tolist()) <= set(SPLITS):
-            refuse(f"split must be ({len(y)},) of {', '.join(SPLITS)}, got {sorted(map(str, set(split.ravel())))[:5]}")
+        if split.shape != y.shape or split.dtype.kind != "U" or not np.isin(split, SPLITS).all():
+            refuse(f"split must be ({len(y)},) of {', '.join(SPLITS)}")
         split = split.astype("U10")
         plan = () if (split == "validation").any() else (("validation", 1 / 3),)
     rng = np.random.default_rng(0)

@@ -6,13 +6,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ctbprn_lib import evidence
+from ctbprn_lib import InputError, evidence, files
 from ctbprn_lib.storage import study_folder
 from ctbprn_lib.train import Hyperparameters
 
 MARGIN = 0.01  # the smallest difference of accuracy (or of the share routed well) that anybody should care about
 LEVEL = 0.05  # of all tests of a report together
-SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "undecided"
+SUPPORTED, REFUTED, UNDECIDED, NOT_TESTED = "supported", "refuted", "undecided", "not tested yet"
 SAME = "no effect larger than one accuracy point"
 
 
@@ -209,7 +209,7 @@ class Evidence:
         rows = []
         for quote, decided_by, contrasts in CLAIMS:
             tests = [t for c in contrasts for t in self.of(c)]
-            verdict, detail = (others or {}).get(quote, ("not tested yet", ""))
+            verdict, detail = (others or {}).get(quote, (NOT_TESTED, ""))
             if contrasts and len(tests) == sum(len(c.good) * len(c.others) for c in contrasts):
                 words = {t["verdict"] for t in tests}
                 # worse than a rival refutes; better than some, and from the others not a point away, supports
@@ -315,12 +315,18 @@ def from_memory(mine, need, largest):
 def recorded_claims(study_name, decided):
     """(claim, decided by, verdict, detail) of every claim, from reports/<study_name>/claims.csv where it is there.
 
-    decided: {claim: (verdict, detail)}, which is newer.
+    decided: {claim: (verdict, detail)}, which is newer.  Raises InputError for a file without a verdict on each.
     """
     path = study_folder(study_name) / "claims.csv"
-    kept = pd.read_csv(path, keep_default_na=False).set_index("claim") if path.exists() else None
+    kept = files.table(path, ("claim", "verdict", "detail"), {}) if path.exists() else None
     for quote, decided_by, _ in CLAIMS:
-        there = ("not tested yet", "") if kept is None else tuple(kept.loc[quote, ["verdict", "detail"]])
+        there = (NOT_TESTED, "")
+        if kept is not None:
+            known = kept["verdict"].isin([SUPPORTED, REFUTED, UNDECIDED, SAME, NOT_TESTED])
+            row = kept[known & (kept["claim"] == quote)]
+            if len(row) != 1:
+                raise InputError(f"{path}: expected one row with a verdict for the claim {quote!r}, got {len(row)}")
+            there = row["verdict"].item(), row["detail"].item()
         yield quote, decided_by, *decided.get(quote, there)
 
 

@@ -1,0 +1,163 @@
+"""Files and names from outside: read without pickle and in bounded memory, or refused with an InputError.
+
+What is returned is plain (arrays, series, cells, values); whether it makes sense is checked where it is used.
+"""
+
+import csv
+import math
+import os
+import shlex
+import warnings
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from ctbprn_lib import InputError
+
+SMALL, GROWTH = 2**24, 100  # bytes that any file may unpack to, and how many times its own size a larger one may
+LONGEST_YAML, DEEPEST_YAML = 10_000, 10  # characters, collections in collections
+
+
+def too_large(n_bytes, of):
+    """Whether something made from of bytes may not take n_bytes: a small file must not fill the memory."""
+    return n_bytes > max(SMALL, GROWTH * of)
+
+
+def npz(path, required, optional=()):
+    """{name: array} of a .npz file that holds the arrays required and any of the optional ones."""
+    path = _file(path)
+    with _reading(path, "a readable .npz of plain arrays"), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        names = [member.filename.removesuffix(".npy") for member in members]
+        if not set(required) <= set(names) <= {*required, *optional} or len(names) > len(set(names)):
+            raise InputError(
+                f"{path}: expected the arrays {', '.join(required)} and optionally {', '.join(optional)}; "
+                f"got {', '.join(sorted(names)) or 'none'}"
+            )
+        size = sum(member.file_size for member in members)  # zipfile reads no more than this, whatever is in there
+        if too_large(size, path.stat().st_size):
+            raise InputError(
+                f"{path}: unpacks to {size:,} bytes, more than {GROWTH} times its size; if that is meant, write it "
+                "with numpy.savez, which does not compress"
+            )
+        return {name: _array(path, archive, member) for name, member in zip(names, members, strict=True)}
+
+
+def _array(path, archive, member):
+    with _reading(f"{path}: {member.filename}", "a plain array"), archive.open(member) as stream:
+        array = np.lib.format.read_array(stream, allow_pickle=False)
+        if array.nbytes > member.file_size:
+            raise ValueError(f"{array.shape} of {array.dtype} is more than what is stored")
+    return array
+
+
+def ts(path):
+    """(series, labels) of a .ts file of the UEA archive: (T,F) arrays of equal F, and as many texts.
+
+    Raises InputError if aeon, which reads them, is not installed.
+    """
+    try:
+        from aeon.datasets import load_from_ts_file
+    except ImportError:
+        raise InputError(f"{path}: reading .ts files needs the aeon package: pip install 'ctbprn[uea]'") from None
+    path = _file(path)
+    with _reading(path, "a readable .ts file"):
+        cases, labels, header = load_from_ts_file(str(path), return_meta_data=True)
+        series = [np.asarray(case, dtype=np.float64).T for case in cases]
+        labels = [str(label).strip() for label in labels]
+    if len(series) == 0 or len(labels) != len(series):
+        raise InputError(f"{path}: expected series with a class label each, got {len(series)} and {len(labels)} labels")
+    for n, (one, label) in enumerate(zip(series, labels, strict=True)):
+        if one.ndim != 2 or one.shape[1] != series[0].shape[1]:
+            raise InputError(f"{path}: series {n} has the shape {one.shape}, series 0 {series[0].shape}")
+        if header["class_values"] and label not in header["class_values"]:
+            raise InputError(f"{path}: series {n} is of the class {label!r}, which @classLabel does not name")
+    return series, labels
+
+
+def mapping(path, expected):
+    """{name: value} of a YAML file of plain values: no tags, no aliases, LONGEST_YAML characters at most.
+
+    expected: what the names and values are, for the message where they are not there.
+    """
+    path = _file(path)
+    with _reading(path, "a readable YAML file"):
+        if path.stat().st_size > 4 * LONGEST_YAML or len(text := path.read_text(encoding="utf-8")) > LONGEST_YAML:
+            raise ValueError(f"longer than {LONGEST_YAML:,} characters")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):  # as it is read: the loader takes minutes over a deep nest
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST_YAML:
+                raise ValueError("it has an alias or too many levels")
+        given = yaml.safe_load(text)
+    if not isinstance(given, dict) or not given or not all(isinstance(name, str) for name in given):
+        raise InputError(f"{path}: expected {expected}")
+    return given
+
+
+def table(path, text=(), numbers=None):
+    """A DataFrame of a CSV file with a header: the columns text as they are, then numbers.
+
+    numbers: {column: largest value}, each cell empty (NaN) or a number from 0 on; None: every other column, any number.
+    """
+    path = _file(path)
+    with _reading(path, "a readable CSV file"), path.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file, strict=True)
+    wanted = [*text, *(numbers or ())]
+    if len(set(header)) < len(header) or not set(wanted) <= set(header):
+        raise InputError(f"{path}: expected each column once and {', '.join(wanted)} among them; got {header}")
+    for n, row in enumerate(rows, 1):
+        if len(row) != len(header):
+            raise InputError(f"{path}: row {n} has {len(row)} cells, the header {len(header)}")
+    cells = {name: [row[k] for row in rows] for k, name in enumerate(header)}
+    if numbers is None:
+        numbers = dict.fromkeys((name for name in header if name not in text), math.inf)
+    columns = {name: _numbers(path, name, cells[name], largest) for name, largest in numbers.items()}
+    return pd.DataFrame({name: cells[name] for name in text} | columns)
+
+
+def _numbers(path, name, cells, largest):
+    """Cells as an array: of whole numbers if all are, else of floats, NaN where a cell is empty."""
+    try:
+        values = np.array([float(cell) if cell else math.nan for cell in cells])
+    except ValueError:
+        values = np.full(1, math.inf)
+    least = -math.inf if largest == math.inf else 0
+    if np.isinf(values).any() or (values > largest).any() or (values < least).any():
+        raise InputError(f"{path}: {name} must hold numbers" + (f" from 0 to {largest:g}" if least == 0 else ""))
+    whole = all(cell.isdecimal() for cell in cells) and (values < 2**53).all()
+    return values.astype(np.int64) if whole else values
+
+
+def printable(text):
+    """Text from outside on one line, with a sign in the place of control and bidirectional characters."""
+    return "".join(c if c.isprintable() else "�" for c in str(text))
+
+
+def word(text):
+    """Text from outside as one word of a command on one line, so that it can end neither the word nor a code fence."""
+    return shlex.quote(printable(text))
+
+
+def _file(path):
+    """path as a Path to a file: a pipe or a device would never end."""
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        raise InputError(f"{path}: there is no such file")
+    return Path(path)
+
+
+@contextmanager
+def _reading(place, what):
+    """Parsers raise whatever they trip over, and warn where a caller can do nothing: say that place is not what."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{place}: not {what} ({type(error).__name__}: {' '.join(str(error).split())})") from None

@@ -1,0 +1,116 @@
+"""docs/: what is written there is valid and starts the notebooks with parameters that they have."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import kubernetes_validate
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SLURM = ROOT / "docs" / "slurm.sh"
+WORKERS = (ROOT / "docs" / "workers.md").read_text()
+SCRIPTS = {"slurm.sh": SLURM.read_text()} | {
+    f"workers.md, block {i}": f"#!/usr/bin/env bash\n{block}"
+    for i, block in enumerate(re.findall(r"```bash\n(.*?)```", WORKERS, re.S))
+}
+JOB = yaml.safe_load((ROOT / "docs" / "kubernetes.yaml").read_text())
+POD = JOB["spec"]["template"]["spec"]
+(WORKER,) = POD["containers"]
+URL = "postgresql://me@server/studies"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_shell_scripts_pass_shellcheck(name, tmp_path):
+    (tmp_path / "script.sh").write_text(SCRIPTS[name])
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    for command in ("bash -n", f"{shellcheck} --enable=all --exclude=SC2250"):  # (braces around every variable)
+        done = subprocess.run((*command.split(), "script.sh"), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_kubernetes_job_has_the_schema_of_one():
+    for version in ("1.28", "1.37"):
+        kubernetes_validate.validate(JOB, version, strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError, match="paralellism"):
+        kubernetes_validate.validate(JOB | {"spec": JOB["spec"] | {"paralellism": 8}}, "1.37", strict=True)
+
+
+def test_the_kubernetes_job_is_confined_and_has_its_password_from_a_secret():
+    assert JOB["kind"] == "Job" and JOB["spec"]["completions"] == JOB["spec"]["parallelism"] == 8
+    assert POD["securityContext"]["runAsNonRoot"] and POD["automountServiceAccountToken"] is False
+    assert WORKER["resources"]["limits"]["nvidia.com/gpu"] == 1
+    (url,) = (entry for entry in WORKER["env"] if entry["name"] == "CTBPRN_STORAGE")
+    assert url["valueFrom"]["secretKeyRef"] == {"name": "ctbprn-storage", "key": "url"} and "value" not in url
+    for container in (WORKER, *POD["initContainers"]):
+        assert container["securityContext"]["readOnlyRootFilesystem"]
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+@pytest.fixture
+def calls(tmp_path):
+    """Where a stand-in for papermill notes each call: its GPU, its storage, its words."""
+    program = tmp_path / ".venv" / "bin" / "papermill"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\necho "${CUDA_VISIBLE_DEVICES-} $CTBPRN_STORAGE $*" >> calls\n')
+    program.chmod(0o755)
+    (tmp_path / "runs").mkdir()
+    return tmp_path / "calls"
+
+
+def started(calls, *command, **environment):
+    """[(GPU, storage, notebook, output, {parameter: value})] of what a command has started."""
+    done = subprocess.run(command, cwd=calls.parent, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = []
+    for line in calls.read_text().splitlines():
+        gpu, storage, words = line.split(" ", 2)
+        notebook, output = re.findall(r"\S+\.ipynb", words)
+        found.append((gpu, storage, notebook, output, dict(re.findall(r"-p (\S+) (\S+)", words))))
+    return found
+
+
+def fits(notebook, given):
+    """Every parameter is one of the notebook's, and its value of the kind that it has there."""
+    cells = nbformat.read(ROOT / notebook, as_version=4).cells
+    (cell,) = (cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    kinds = {s.target.id: s.annotation.id for s in ast.parse(cell.source).body}
+    assert given and given.keys() <= kinds.keys()
+    assert all(value.isdecimal() for name, value in given.items() if kinds[name] == "int")
+
+
+def test_a_slurm_task_is_one_worker(calls):
+    (found,) = started(calls, "bash", str(SLURM), CTBPRN_STORAGE=URL, SLURM_ARRAY_TASK_ID="3", CUDA_VISIBLE_DEVICES="1")
+    assert found[:4] == ("1", URL, "notebooks/tune.ipynb", "runs/tune-3.ipynb")
+    fits("notebooks/tune.ipynb", found[4])
+    assert "--array=0-7" in SCRIPTS["slurm.sh"] and "--gres=gpu:1" in SCRIPTS["slurm.sh"]
+    done = subprocess.run(("bash", str(SLURM)), env=os.environ | {"CTBPRN_STORAGE": ""}, capture_output=True, text=True)
+    assert done.returncode != 0 and "CTBPRN_STORAGE: set it" in done.stderr
+
+
+def test_a_kubernetes_pod_is_one_worker(calls):
+    *shell, script = WORKER["command"]
+    script = script.replace("/ctbprn/", "./")  # where the image has it
+    (found,) = started(calls, *shell, script, CTBPRN_STORAGE=URL, JOB_COMPLETION_INDEX="5")
+    assert found[1:4] == (URL, "notebooks/tune.ipynb", "runs/tune-5.ipynb")
+    fits("notebooks/tune.ipynb", found[4])
+
+
+def test_the_loop_starts_one_worker_for_each_gpu(calls):
+    found = started(calls, "bash", "-c", next(s for s in SCRIPTS.values() if "for gpu in" in s))
+    assert sorted(call[0] for call in found) == ["0", "1", "2", "3"]
+    assert sorted(call[3] for call in found) == [f"runs/tune-{gpu}.ipynb" for gpu in range(4)]
+    for call in found:
+        assert call[1] == URL
+        fits(call[2], call[4])
+
+
+def test_no_password_is_on_a_command_line():
+    for name, script in SCRIPTS.items():
+        assert not re.search(r"://[^\s/@]*:[^\s/@]*@", script), name
