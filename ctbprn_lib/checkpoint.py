@@ -16,14 +16,15 @@ def write(path, tensors, of, about):
 
     of: what the training is, about: how far it is; both plain JSON values.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors, text = {name: t.contiguous() for name, t in tensors.items()}, json.dumps({"of": of, "about": about})
     new = path.with_suffix(".new")
-    save_file(tensors, str(new), metadata={"checkpoint": text, "sha256": digest(tensors, text)})
-    with open(new, "rb") as file:
+    with open(new, "wb") as file:  # save_file's own files are 0600, whatever the umask
+        file.write(save(tensors, metadata={"checkpoint": text, "sha256": digest(tensors, text)}))
+        file.flush()
         os.fsync(file.fileno())
     if path.exists():
         os.replace(path, before(path))

@@ -30,7 +30,19 @@ from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from test_report import made
 
-from ctbprn_lib import InputError, figures, files, findings, published, report, search, simulate, tasks, verdicts
+from ctbprn_lib import (
+    InputError,
+    checkpoint,
+    figures,
+    files,
+    findings,
+    published,
+    report,
+    search,
+    simulate,
+    tasks,
+    verdicts,
+)
 from ctbprn_lib.checkpoint import digest
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.publish import render
@@ -40,6 +52,7 @@ from ctbprn_lib.train import PeakMemory
 ROOT = Path(__file__).parent.parent
 FUZZ = settings(max_examples=80, deadline=None, derandomize=True, database=None,
                 suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+MARKS = [b"\x00", b"\xff", b"\n", b",", b":", b'"', b"9" * 400, b"nan", b"1e999"]
 LARGEST = 400  # MiB that reading one hostile file may take
 
 
@@ -94,7 +107,7 @@ def damaged(whole, n):
         elif i % 6 == 4:
             one[b:b] = one[a : a + 40]
         else:
-            one[a:a] = rng.choice([b"\x00", b"\xff", b"\n", b",", b":", b'"', b"9" * 400, b"nan", b"1e999"])
+            one[a:a] = MARKS[rng.integers(len(MARKS))]
         yield bytes(one)
 
 
@@ -606,6 +619,22 @@ def test_a_model_whose_configuration_lies_is_refused_before_it_is_built(tmp_path
 
 def test_the_same_model_unchanged_is_read(tmp_path):
     assert CTBPRN.load(signed(tmp_path / "m.safetensors")).config["d"] == 8
+
+
+def test_damaged_checkpoints_are_passed_over_for_the_one_before(tmp_path):
+    path, of, used = tmp_path / "c.safetensors", {"task": "routing"}, []
+    for step in (1, 2):
+        checkpoint.write(path, {"a": torch.arange(100.0), "b": torch.ones(3)}, of, {"step": step})
+    whole = path.read_bytes()
+    contents = [*damaged(whole, 120), b"", pickle.dumps(Code(tmp_path / "ran"))]
+    for text in ("[" * 100_000, "null", "[1]", "9" * 5000, '{"of": {}}', "not JSON"):  # with the right checksum
+        metadata = {"checkpoint": text, "sha256": digest({"a": torch.ones(1)}, text)}
+        contents.append(safetensors.torch.save({"a": torch.ones(1)}, metadata=metadata))
+    contents.append(safetensors.torch.save({"a": torch.ones(1, dtype=torch.bfloat16)}, metadata={"sha256": ""}))
+    for content in contents:
+        path.write_bytes(content)
+        outcome("", lambda: used.append(checkpoint.read(path, of, lambda _, about: used.append(about))))
+    assert used == [{"step": 1}, True] * len(contents) and not (tmp_path / "ran").exists()
 
 
 # ---- names

@@ -191,11 +191,13 @@ def test_jupyterlab_is_for_this_machine_and_whoever_has_its_token(tmp_path):
 def test_what_the_library_writes_gets_the_umask(tmp_path, umask, mode):
     code = (
         "import pathlib, pandas; from ctbprn_lib import published; from ctbprn_lib.model import CTBPRN;"
+        "from ctbprn_lib import checkpoint;"
         "CTBPRN(4, 8, 2, 2).save('m.safetensors');"
+        "checkpoint.write('c.safetensors', CTBPRN(4, 8, 2, 2).state_dict(), {}, {});"
         "published.once(pathlib.Path('t.csv'), lambda: pandas.DataFrame({'a': [1, 2]}))"
     )
     environment = os.environ | {"PYTHONPATH": str(storage.REPORTS.parent)}
     subprocess.run((sys.executable, "-c", code), cwd=tmp_path, umask=umask, env=environment, check=True)
     assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {
-        "m.safetensors": mode, "t.csv": mode,
+        "m.safetensors": mode, "c.safetensors": mode, "t.csv": mode,
     }  # fmt: skip
