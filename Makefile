@@ -55,7 +55,7 @@ confirm: tune
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --dist loadfile
 
 # (containers often have no user but root)
 lab: .venv/ready

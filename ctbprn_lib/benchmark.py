@@ -249,10 +249,10 @@ def main(device="auto", shapes=SHAPES, grow=None):
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}; {name}; {resolve_precision('auto', where)}; a replica-step:\n")
     for row in against_the_original(shapes, device=device):
-        row |= {"share": "{arithmetic_share:.0%} and {memory_share:.0%}".format(**row)}
-        print("d {d}, rank {rank}, K {n_areas}, T {seq_len}, B {batch_size}, R {n_replicas}: {baseline_ms:.2f} ms in the "
-              "original's loop, {ours_ms:.3f} ms here, {ratio:.1f} times [{ratio_low:.1f}, {ratio_high:.1f}]; {gflop:.2f} "
-              "GFLOP and {mbyte:.1f} MB, {share} of the machine's best".format(**row))  # fmt: skip
+        print("d {d}, rank {rank}, K {n_areas}, T {seq_len}, B {batch_size}, R {n_replicas}: "
+              "{baseline_ms:.2f} ms in the original's loop, {ours_ms:.3f} ms here, "
+              "{ratio:.1f} times [{ratio_low:.1f}, {ratio_high:.1f}]; {gflop:.2f} GFLOP and {mbyte:.1f} MB, "
+              "{arithmetic_share:.0%} and {memory_share:.0%} of the machine's best".format(**row))  # fmt: skip
     print()
     for size, values in (grow or sizes(where)).items():
         for row in scaling(size, values, shapes[min(2, len(shapes) - 1)], device=device):

@@ -23,7 +23,7 @@ if hasattr(LIBC, "mallopt"):
 def resolve_device(device):
     """torch.device for "auto", "cpu" or "cuda" (optionally with a number); InputError for anything else."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError:
@@ -32,6 +32,8 @@ def resolve_device(device):
         raise InputError(f'device must be "auto", "cpu" or "cuda", got {device!r}')
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {device!r} is not there: this machine has {torch.cuda.device_count()} CUDA GPUs")
+    if resolved.type == "cuda" and resolved.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # as tensors there say it
     return resolved
 
 
