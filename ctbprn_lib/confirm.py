@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -210,8 +211,13 @@ class Confirmation:
         longest_first = sorted(words, key=lambda key: -todo[key].n_steps * todo[key].hyperparameters.batch_size)
         with pool(workers) as processes:
             futures = {processes.submit(_train, *words[key]): key for key in longest_first}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            except (KeyboardInterrupt, GeneratorExit):
+                for process in multiprocessing.active_children():  # or the end of what runs would be waited for
+                    process.terminate()
+                raise
 
 
 def records(name, storage=""):
@@ -285,4 +291,9 @@ def _train(task, run, budget, n_test, seed, device, weights=None):
 def pool(workers, threads=1):
     """Processes that start afresh: a fork of a process with threads can hang."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,))
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=(threads,))
+
+
+def _prepare(threads):
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one

@@ -6,6 +6,7 @@ check(globals()), and the cell in between, which papermill writes, is read befor
 
 import ast
 import difflib
+import logging
 import platform
 
 import optuna
@@ -45,12 +46,18 @@ def check(namespace):
         if name not in namespace:
             raise InputError(f"the parameter {name} is missing; it must be {KINDS[kind]}")
         _check_value(name, namespace[name], kind)
+    logging.getLogger("IPKernelApp").addFilter(_not_of_ctrl_c)
     values = {name: namespace[name] for name in known}
     where = device_name(resolve_device(values.get("device", "auto")))
     for name, value in values.items():
         print(f"{name:>14} = {value!r}")
     versions = f"torch {torch.__version__}, optuna {optuna.__version__}, Python {platform.python_version()}"
     print(f"\nctbprn {__version__} at commit {commit()}; {versions}; {where}")
+
+
+def _not_of_ctrl_c(record):
+    """False for the traceback that a kernel logs where papermill, ended by Ctrl-C, no longer listens to it."""
+    return "Socket operation on non-socket" not in str(record.exc_info)
 
 
 def _check_value(name, value, kind):

@@ -271,7 +271,9 @@ def records(study):
     space = study.user_attrs["fingerprint"]["space"]
     rows = []
     for trial in study.trials:
-        kept = trial.user_attrs
+        kept = dict(trial.user_attrs)
+        if trial.state == optuna.trial.TrialState.FAIL:  # how far it had come is no score
+            kept = {name: value for name, value in kept.items() if name not in ("val_accuracy", "val_ce", "curves")}
         row = {"trial": trial.number, "state": trial.state.name.lower()}
         curves = kept.get("curves", {})
         for name, largest in (("val_accuracy", 1), ("val_ce", math.inf)):

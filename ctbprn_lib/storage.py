@@ -9,7 +9,7 @@ import re
 import sqlite3
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import optuna
@@ -22,6 +22,7 @@ from ctbprn_lib import InputError
 REPORTS = Path(__file__).resolve().parent.parent / "reports"
 PATIENCE = 120  # seconds for which a database that is away or busy is waited for, and a lock
 GRACE = 180  # seconds without a sign of life until a trial counts as lost: longer, or an outage would end them all
+FROZEN = 30  # seconds until PostgreSQL takes the lock from a worker that stands still
 ADVISORY_LOCK = 0x435442  # its number in PostgreSQL, which has one such lock for each number and database
 # Seconds and milliseconds after which a silent server counts as gone; without them a broken line hangs for minutes.
 POSTGRESQL = dict(connect_timeout=10, keepalives_idle=30, keepalives_interval=10, keepalives_count=3,
@@ -127,12 +128,13 @@ def _patiently(url, call):
 class Storage(RDBStorage):
     """Optuna's storage in a database, which waits where the database is away or busy (see _patiently)."""
 
-    def __init__(self, url):
+    def __init__(self, url, reading=False):
         if url.startswith("sqlite"):
             how = dict(connect_args=dict(timeout=2))  # not longer, as Ctrl-C is not heard meanwhile
         else:
             how = dict(connect_args=POSTGRESQL, pool_size=1)  # a server has few connections
-        super().__init__(url.replace("{", "{{").replace("}", "}}"), how)  # Optuna would fill in what is in braces
+        plain = url.replace("{", "{{").replace("}", "}}")  # Optuna would fill in what is in braces
+        super().__init__(plain, how, skip_table_creation=reading)
         self.grace_period, self.heartbeat_interval = GRACE, 1  # (the interval is not used, but must be one)
 
     def get_heartbeat_interval(self):
@@ -142,13 +144,19 @@ class Storage(RDBStorage):
 def _patient(method):
     @functools.wraps(method)
     def wait(self, *words, **named):
-        return _patiently(self.url, lambda: method(self, *words, **named))
+        try:
+            return _patiently(self.url, lambda: method(self, *words, **named))
+        except (ValueError, LookupError, TypeError) as error:
+            if method.__name__ not in READING or isinstance(error, (StorageError, KeyError)):
+                raise
+            raise StorageError(f"{_place(self.url)} is damaged: {error}") from None
 
     return wait
 
 
 # The cache that Optuna puts in front of its storage calls these beside the public ones.
 PRIVATE = {"_create_new_trial", "_get_trials", "_set_trial_param", "_get_best_trial_id", "_get_stale_trial_ids"}
+READING = {"_get_trials", "get_trial", "get_study_user_attrs"}  # all that they can object to is what they find
 for _name, _method in vars(RDBStorage).items():
     if inspect.isfunction(_method) and _name not in vars(Storage) and (_name[0] != "_" or _name in PRIVATE):
         setattr(Storage, _name, _patient(_method))
@@ -156,10 +164,12 @@ for _name, _method in vars(RDBStorage).items():
 
 def connect(url, reading=False):
     """The Storage at url; one worker at a time makes its file and tables, unless it is only to be read from."""
-    if not url.startswith("sqlite") or not reading:
-        with locked(url):
-            return _patiently(url, lambda: Storage(url))
-    return _patiently(url, lambda: Storage(url))
+    unlocked = reading and url.startswith("sqlite")  # its folder may be one that cannot be written to
+    try:
+        with nullcontext() if unlocked else locked(url):
+            return _patiently(url, lambda: Storage(url, unlocked))
+    except (RuntimeError, ImportError, UnicodeDecodeError) as error:  # another Optuna's; no psycopg; a damaged schema
+        raise StorageError(f"{_place(url)} cannot be used: {error}") from None
 
 
 @contextmanager
@@ -183,8 +193,9 @@ def locked(url):
                 time.sleep(random.uniform(0.01, 0.05))
             yield lambda: True
         return
-    how = dict(connect_args=POSTGRESQL | dict(options="-c lock_timeout=5s"), isolation_level="AUTOCOMMIT")
-    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool, **how)
+    options = dict(options=f"-c lock_timeout=5s -c idle_session_timeout={FROZEN}s")
+    how = dict(connect_args=POSTGRESQL | options, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
+    engine = sqlalchemy.create_engine(url, **how)
     with _patiently(url, lambda: _advisory_lock(engine)) as connection:
         yield lambda: _answers(connection)
 

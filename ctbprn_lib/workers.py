@@ -5,7 +5,6 @@ and puts the result there. What it has finished is kept; what it had begun is tr
 """
 
 import hashlib
-import logging
 import os
 import random
 import signal
@@ -59,7 +58,6 @@ def run(study, n_trials, objective):
                 continue  # this process stood still for so long that the trial was given up: another one, then
             except KeyboardInterrupt:
                 fail(study, trial)
-                logging.getLogger("IPKernelApp").addFilter(_not_of_closed_sockets)
                 raise Stopped(f"Stopped in trial {trial.number}; the same command goes on from here.") from None
             except Exception as error:
                 if not isinstance(error, StorageError):  # which keeps nothing
@@ -193,11 +191,6 @@ def _is_gone(worker):
     if not here or worker.get("machine") != here["machine"]:
         return False
     return worker == here or _started(worker["pid"]) != worker["started"]
-
-
-def _not_of_closed_sockets(record):
-    """False for what a kernel logs when papermill, ending on Ctrl-C, no longer listens to it: a traceback."""
-    return "Socket operation on non-socket" not in str(record.exc_info)
 
 
 @contextmanager

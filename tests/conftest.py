@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from crew import Crew
 
 from ctbprn_lib import storage, tasks
 
@@ -40,6 +41,13 @@ def array_task():
     x[y == "a", 0, :, 0] += 2
     x[y == "b", 1, :, 1] += 2
     return tasks.ArrayTask(x, y, source="three classes")
+
+
+@pytest.fixture(scope="module")
+def crew(tmp_path_factory):
+    made = Crew(tmp_path_factory.mktemp("crew"))
+    yield made
+    made.end()
 
 
 class Project(type(pathlib.Path())):

@@ -1,0 +1,382 @@
+"""One machine and SQLite: killed, interrupted, out of disk or memory, damaged; what is finished stays."""
+
+import contextlib
+import fcntl
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import sqlalchemy
+from crew import check_exact, question, trials_at, until
+from optuna.trial import TrialState
+
+from ctbprn_lib import InputError, search, storage, tasks, workers
+from ctbprn_lib.train import fit
+
+SMALL = [("n_steps", 4), ("n_replicas", 2), ("study_name", "s"), ("pruner", "none")]
+DATABASE = "reports/s/optuna_studies/ctbprn_study.db"
+# papermill as a terminal starts it: Ctrl-C may be off where tests run in the background
+PAPERMILL = (
+    "import signal; signal.signal(2, signal.default_int_handler); from papermill.cli import papermill; papermill()"
+)
+
+
+@pytest.fixture(scope="module")
+def project(project):
+    """The project with a report of a few sections: what is tested here is whether it is there, not all that it says."""
+    path = project / "notebooks" / "analyze.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [
+        *notebook.cells[:6],
+        *(c for c in notebook.cells if "all_trials" in c.source or "raw_data" in c.source),
+    ]
+    nbformat.write(notebook, path)
+    return project
+
+
+@contextlib.contextmanager
+def started(project, *words):
+    """A Python process in the project, killed with its kernel when the block ends; what it says is in said.txt."""
+    env = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1", "CTBPRN_STORAGE": ""}
+    with (project / "said.txt").open("w") as said:
+        process = subprocess.Popen((sys.executable, *map(str, words)), cwd=project, env=env, stdout=said,
+                                   stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    try:
+        yield process
+    finally:
+        kill_tree(process)
+
+
+def kill_tree(process):
+    """kill -9 of a process and of all that it has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        tree = psutil.Process(process.pid)
+        for one in [*tree.children(recursive=True), tree]:
+            one.kill()
+    process.wait()
+
+
+def tune(project, n_trials):
+    """papermill on tune.ipynb as a started process."""
+    (project / "small.yaml").write_text("d: [8]\nbatch_size: [4]\nseq_len: [8, 16]\n")
+    given = [*SMALL, ("n_trials", n_trials), ("space", "small.yaml")]
+    pairs = [word for pair in given for word in ("-p", *pair)]
+    return started(project, "-c", PAPERMILL, "--log-output", "--no-progress-bar", "notebooks/tune.ipynb",
+                   "runs/tune.ipynb", *pairs)  # fmt: skip
+
+
+def study_of(task=None):
+    """A study in REPORTS and what it asks."""
+    asked = question(n_steps=4)
+    if task:
+        asked["task"] = task
+    return search.open_study("s", pruner="none", **asked), asked
+
+
+def test_20_kills_at_random_moments_lose_no_finished_trial_and_the_total_is_exact(crew, tmp_path):
+    url, n_trials, rng = f"sqlite:///{tmp_path / 'study.db'}", 40, random.Random(0)
+    finished = {}
+    for _ in range(20):
+        pid = crew.hire(url, n_trials, n_steps=20, MOST_TRIES=30)
+        time.sleep(rng.uniform(0.02, 2.0))
+        crew.kill(pid)
+        trials = trials_at(url)
+        assert all(trials[number] == trial for number, trial in finished.items())
+        finished = {t.number: t for t in trials if t.state in workers.FINISHED}
+    assert crew.wait(crew.hire(url, n_trials, n_steps=20, MOST_TRIES=30)) == [0], crew.said()
+    trials = trials_at(url)
+    check_exact(trials, n_trials)
+    assert all(trials[number] == trial for number, trial in finished.items())
+    lost = [t for t in trials if t.state == TrialState.FAIL]
+    print(f"20 kills: {len(finished)} trials finished by then, all there; {len(lost)} lost and tried again; "
+          f"{n_trials} finished in the end")  # fmt: skip
+    assert len(finished) >= 5 and len(lost) >= 5
+
+
+@pytest.fixture(scope="module")
+def killed(project):
+    """A study whose papermill was killed with its kernel at five random moments, then ran to its end."""
+    rng, url, finished = random.Random(1), f"sqlite:///{project / DATABASE}", {}
+    for _ in range(5):
+        with tune(project, 12) as process:
+            until(lambda: "to go" in (project / "said.txt").read_text())
+            time.sleep(rng.uniform(0.0, 3.0))
+            kill_tree(process)
+        trials = trials_at(url)
+        assert all(trials[number] == trial for number, trial in finished.items())
+        finished = {t.number: t for t in trials if t.state in workers.FINISHED}
+        assert not (project / "reports" / "s" / "report.md").exists()
+    with tune(project, 12) as process:
+        assert process.wait(120) == 0, (project / "said.txt").read_text()
+    trials = trials_at(url)
+    print(f"5 kills of papermill and its kernel: {len(finished)} trials finished by then, all there; "
+          f"{sum(t.state == TrialState.FAIL for t in trials)} lost and tried again")  # fmt: skip
+    return finished, trials
+
+
+def test_papermill_killed_five_times_with_its_kernel_ends_in_a_report_of_all_trials(project, killed):
+    finished, trials = killed
+    check_exact(trials, 12)
+    assert finished and all(trials[number] == trial for number, trial in finished.items())
+    assert "12 complete" in (project / "reports" / "s" / "report.md").read_text()
+
+
+def published(project):
+    """{path: content} of the published report."""
+    folder = project / "reports" / "s"
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".db", ".lock"))
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+def test_only_a_whole_report_replaces_the_published_one(project, killed):
+    publish = "from ctbprn_lib.publish import publish; publish('s')"
+    before = published(project)
+    assert {"report.md", "report.html", "optuna_results_detailed.csv"} <= {path.name for path in before}
+    with started(project, "-c", publish) as process:
+        until(lambda: any((project / "reports" / ".s.new").rglob("*.png")))
+        kill_tree(process)
+    assert published(project) == before
+    notebook = project / "notebooks" / "analyze.ipynb"
+    whole = notebook.read_text()
+    broken = nbformat.read(notebook, as_version=4)
+    broken.cells.append(nbformat.v4.new_code_cell("1 / 0"))
+    nbformat.write(broken, notebook)
+    done = project.python("-c", publish)
+    assert done.returncode != 0 and "ZeroDivisionError" in done.stderr
+    done = project.python("-m", "ctbprn_lib.publish", "runs/analyze-s.ipynb", "s")
+    assert done.returncode != 0 and "has not been run to its end" in done.stderr
+    assert published(project) == before
+    notebook.write_text(whole)
+    begun = time.time()
+    with started(project, "-c", publish) as one, started(project, "-c", publish) as other:  # workers that end together
+        assert (one.wait(120), other.wait(120)) == (0, 0), (project / "said.txt").read_text()
+    after, csv = published(project), Path("optuna_results_detailed.csv")
+    assert after.keys() == before.keys() and after[csv] == before[csv]
+    assert all((project / "reports" / "s" / path).stat().st_mtime > begun for path in after)
+    assert not (project / "reports" / ".s.new").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, -signal.SIGTERM)])
+def test_an_interrupted_worker_ends_at_once_and_hands_its_trial_on(crew, tmp_path, number, code):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    pid = crew.hire(url, 3, n_steps=2000)
+    until(lambda: [t for t in trials_at(url) if len(t.params) == 7])
+    started = time.monotonic()
+    assert crew.kill(pid, number) == code
+    assert time.monotonic() - started < 5  # an evaluation would come seconds later
+    (trial,) = trials_at(url)
+    assert trial.state == TrialState.FAIL and trial.user_attrs["failure"] == workers.LOST
+    crew.said()
+
+
+def test_ctrl_c_on_papermill_shows_no_traceback_of_ours_and_the_same_command_goes_on(project):
+    shutil.rmtree(project / "reports")
+    with tune(project, 300) as process:
+        until(lambda: "2 of 300" in (project / "said.txt").read_text())
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: the kernel is in a group of its own
+        assert process.wait(20) == 1
+    said = (project / "said.txt").read_text()
+    # (now and then nbclient logs that the kernel died, of which it was told to stop)
+    assert "Aborted!" in said and "ctbprn_lib/" not in said and "KeyboardInterrupt" not in said and "ZMQ" not in said
+    trials = trials_at(f"sqlite:///{project / DATABASE}")
+    n_finished = sum(t.state in workers.FINISHED for t in trials)
+    assert n_finished >= 2 and len(trials) <= n_finished + 1
+    with tune(project, n_finished + 1) as process:
+        assert process.wait(120) == 0
+    check_exact(trials_at(f"sqlite:///{project / DATABASE}"), n_finished + 1)
+
+
+def test_a_trial_that_was_lost_before_it_was_signed_is_tried_again_too(reports):
+    study, asked = study_of()
+    search.suggest(study.ask(), asked["space"])  # and the worker dies
+    search.run_trials(study, 1, **asked)
+    check_exact(study.trials, 1)
+    assert [trial.user_attrs.get("retry_of") for trial in study.trials] == [None, 0]
+
+
+def test_a_trial_of_another_machine_is_lost_only_when_its_signs_of_life_have_stopped(reports, monkeypatch):
+    monkeypatch.setattr(storage, "GRACE", 2)
+    monkeypatch.setattr(workers, "POLL", 0.1)
+    study, asked = study_of()
+    trial = study.ask()
+    trial.set_user_attr("worker", {"machine": "another", "pid": 1, "started": 1})
+    study._storage.record_heartbeat(trial._trial_id)
+    started = time.monotonic()
+    search.run_trials(study, 1, **asked)
+    assert time.monotonic() - started > 2
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+
+
+def test_a_trial_that_ends_all_its_workers_is_given_up(reports, monkeypatch):
+    monkeypatch.setattr(workers, "MOST_TRIES", 3)
+    study, asked = study_of()
+    for _ in range(3):
+        workers.begin(study, 1)  # whoever begins the next has ended this one
+    search.run_trials(study, 1, **asked)
+    assert [workers.first_try(t) for t in study.trials] == [0, 0, 0, 3]
+    assert [t.state for t in study.trials] == [TrialState.FAIL] * 3 + [TrialState.COMPLETE]
+
+
+def test_a_full_disk_is_named_and_the_study_goes_on_when_there_is_room(reports):
+    full = True
+
+    def limit(connection, _):
+        if full:
+            connection.execute("PRAGMA max_page_count = 34")
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", limit)
+    try:
+        with pytest.raises(InputError, match=r"ctbprn_study\.db cannot be used: database or disk is full"):
+            study, asked = study_of()
+            search.run_trials(study, 100, **asked)
+        full = False
+        n_finished = len(search.load_study("s").get_trials(states=workers.FINISHED))
+        study, asked = study_of()
+        search.run_trials(study, n_finished + 2, **asked)
+        check_exact(study.trials, n_finished + 2)
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "connect", limit)
+
+
+def test_a_database_that_is_locked_is_waited_for_and_then_named(reports, monkeypatch):
+    study, asked = study_of()
+    other = sqlite3.connect(reports / "s" / "optuna_studies" / "ctbprn_study.db", isolation_level=None)
+    monkeypatch.setattr(storage, "PATIENCE", 0.5)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(InputError, match=r"ctbprn_study\.db cannot be used for \d+ seconds: database is locked"):
+        search.run_trials(study, 1, **asked)
+    other.execute("COMMIT")
+    other.close()
+    with open(reports / "s" / "optuna_studies" / "ctbprn_study.db.lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=r"ctbprn_study\.db\.lock has been locked by another process for"):
+            search.run_trials(study, 1, **asked)
+    search.run_trials(study, 1, **asked)
+    check_exact(study.trials, 1)
+
+
+@contextlib.contextmanager
+def as_nobody(folder):
+    """folder and what is in it cannot be written to, as root can write anywhere."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(os.getuid())
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_can_still_be_read_from(monkeypatch):
+    root = Path(tempfile.mkdtemp())  # not tmp_path, which none but its owner may enter
+    root.chmod(0o755)
+    monkeypatch.setattr(storage, "REPORTS", root)
+    monkeypatch.delenv("CTBPRN_STORAGE", raising=False)
+    with as_nobody(root), pytest.raises(InputError, match=rf"{root}/s/.+ cannot be written: Permission denied"):
+        study_of()
+    study, asked = study_of()
+    search.run_trials(study, 1, **asked)
+    with as_nobody(root):
+        assert len(search.records(search.load_study("s"))) == 1
+        with pytest.raises(InputError, match=rf"{root}/s/.+ cannot be written: Permission denied"):
+            study_of()
+    shutil.rmtree(root)
+
+
+def test_a_damaged_database_is_named(reports):
+    study, asked = study_of()
+    search.run_trials(study, 4, **asked)
+    study._storage._backend.engine.dispose()
+    path = reports / "s" / "optuna_studies" / "ctbprn_study.db"
+    whole, rng, refused = path.read_bytes(), random.Random(0), 0
+    for damage in range(60):
+        content = bytearray(whole)
+        at = rng.randrange(len(content))
+        if damage % 3 == 0:
+            del content[at:]
+        elif damage % 3 == 1:
+            content[at : at + 512] = rng.randbytes(len(content[at : at + 512]))
+        else:
+            for at in rng.choices(range(len(content)), k=50):
+                content[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        try:
+            search.records(search.load_study("s"))
+        except InputError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 20
+    print(f"60 damaged databases: {refused} refused by name, the others read (the damage was in unused space or text)")
+    path.write_text("not a database")
+    with pytest.raises(InputError, match=r"ctbprn_study\.db cannot be used: file is not a database"):
+        study_of()
+
+
+class Poisoned(tasks.RoutingTask):
+    """A task whose training batches are not numbers for the first of several replicas."""
+
+    def draw(self, n_replicas, *words):
+        batch = super().draw(n_replicas, *words)
+        if n_replicas > 1:  # not the validation set
+            batch.x[0] = float("nan")
+        return batch
+
+
+def test_one_replica_that_diverges_counts_as_chance_and_harms_no_other(reports):
+    study, asked = study_of(task=Poisoned(n_areas=2, n_features=8, n_tokens=8))
+    search.run_trials(study, 2, **asked)
+    for trial in study.trials:
+        first, second = trial.user_attrs["curves"]["val_ce"][-1]
+        assert trial.state == TrialState.COMPLETE and trial.user_attrs["n_diverged"] == 1
+        assert first is None and trial.value == pytest.approx((np.log(2) + second) / 2, abs=1e-5)
+
+
+def test_a_study_whose_every_trial_diverges_exits_non_zero_and_says_why(project):
+    shutil.rmtree(project / "reports")
+    (project / "wild.yaml").write_text("lr: [1.0e+30]\nd: [8]\nbatch_size: [4]\nseq_len: [8]\n")
+    done = project.papermill("tune", *SMALL, ("n_trials", 2), ("space", "wild.yaml"))
+    assert done.returncode != 0
+    assert "the last 3 trials gave no score; the last one: all 2 replicas diverged" in done.stderr
+    assert not (project / "reports" / "s" / "report.md").exists()
+
+
+def test_shapes_that_do_not_fit_into_memory_fail_with_the_shape_and_the_study_goes_on(project):
+    shutil.rmtree(project / "reports")
+    (project / "large.yaml").write_text("d: [8]\nbatch_size: [4, 262144]\nseq_len: [128]\n")
+    done = project.papermill("tune", *SMALL, ("n_trials", 4), ("space", "large.yaml"))
+    assert done.returncode == 0, done.stderr
+    trials = pd.read_csv(project / "reports" / "s" / "optuna_results_detailed.csv")
+    failed = trials[trials["state"] == "fail"]
+    assert (trials["state"] == "complete").sum() == 4 and len(failed) >= 1
+    assert failed["failure"].str.contains(r"out of memory at .*batch_size=262144").all()
+    assert failed[["val_ce", "val_accuracy"]].isna().all(axis=None)
+    assert "failed: out of memory at" in (project / "reports" / "s" / "report.md").read_text()
+
+
+def test_a_trial_tried_again_has_the_score_that_it_would_have_had(crew, tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    pid = crew.hire(url, 1, n_steps=1000)
+    until(lambda: [t for t in trials_at(url) if t.intermediate_values])
+    crew.kill(pid)
+    assert crew.wait(crew.hire(url, 1, n_steps=1000)) == [0], crew.said()
+    lost, again = trials_at(url)
+    assert (lost.state, again.state) == (TrialState.FAIL, TrialState.COMPLETE) and lost.params == again.params
+    asked, seeds = question(1000), np.random.SeedSequence(0, spawn_key=(search.TUNING, 0))
+    hp = search.Hyperparameters(**{name: lost.params[name] for name in asked["space"]})
+    alone = fit(hp, asked["task"], asked["budget"], seeds, "cpu")
+    assert again.value == pytest.approx(search.scores(alone)["val_ce"], abs=1e-6)

@@ -1,0 +1,164 @@
+"""Many workers on one PostgreSQL: exact totals, a server that is restarted, workers that freeze or lose it."""
+
+import glob
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import sqlalchemy
+from crew import check_exact, trials_at, until
+from optuna.trial import TrialState
+
+from ctbprn_lib import storage, workers
+
+PASSWORD = "hunter2{X}"  # braces, as Optuna fills in what is in them
+
+
+class Server:
+    """A PostgreSQL of Debian's package on loopback, in a folder of its own; databases come and go with tests."""
+
+    def __init__(self, programs):
+        self.programs = Path(programs)
+        self.user = "postgres" if os.geteuid() == 0 else None  # which refuses to be run by root
+        self.folder = tempfile.mkdtemp(prefix="ctbprn-postgresql-")
+        (Path(self.folder) / "password").write_text(PASSWORD)
+        if self.user:
+            shutil.chown(self.folder, self.user)
+            shutil.chown(f"{self.folder}/password", self.user)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self._run("initdb", "-D", f"{self.folder}/data", "-U", "tester", "-A", "scram-sha-256",
+                  f"--pwfile={self.folder}/password")  # fmt: skip
+        self.start()
+
+    def start(self):
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder}"
+        self._run("pg_ctl", "-D", f"{self.folder}/data", "-l", f"{self.folder}/log", "-w", "-o", options, "start")
+
+    def stop(self):
+        self._run("pg_ctl", "-D", f"{self.folder}/data", "-m", "immediate", "stop")
+
+    def url(self, name):
+        return f"postgresql://tester:{PASSWORD.replace('{', '%7B').replace('}', '%7D')}@127.0.0.1:{self.port}/{name}"
+
+    def database(self, name):
+        """The URL of a new, empty database."""
+        engine = sqlalchemy.create_engine(self.url("postgres"), isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
+        engine.dispose()
+        return self.url(name)
+
+    def _run(self, program, *words):
+        subprocess.run((self.programs / program, *words), cwd=self.folder, user=self.user, check=True, timeout=60,
+                       stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server():
+    pytest.importorskip("psycopg", reason="needs psycopg (the extra postgres), which make installs")
+    if not glob.glob("/usr/lib/postgresql/*/bin/initdb"):
+        install = "apt-get update -qq && apt-get install -qq -y --no-install-recommends postgresql"
+        done = subprocess.run(install, shell=True, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        if done.returncode:
+            pytest.skip(f"needs Debian's package postgresql, and it cannot be installed here: {done.stderr[-200:]}")
+    made = Server(sorted(glob.glob("/usr/lib/postgresql/*/bin"))[-1])
+    yield made
+    made.stop()
+    shutil.rmtree(made.folder)
+
+
+@pytest.mark.parametrize("n_workers", [1, 2, 4, 8])
+def test_workers_that_start_together_on_an_empty_database_all_run_and_the_total_is_exact(server, crew, n_workers):
+    url, n_trials = server.database(f"empty_{n_workers}"), 8 + n_workers
+    pids = [crew.hire(url, n_trials, n_steps=20) for _ in range(n_workers)]
+    assert crew.wait(*pids) == [0] * n_workers, crew.said()
+    trials = trials_at(url)
+    check_exact(trials, n_trials)
+    assert len(trials) == n_trials  # none was lost or given up either
+    assert {trial.user_attrs["worker"]["pid"] for trial in trials} == set(pids)
+
+
+def test_workers_that_start_together_on_an_empty_sqlite_file_do_too(crew, tmp_path):
+    url = f"sqlite:///{tmp_path}/reports/s/study.db"
+    pids = [crew.hire(url, 10, n_steps=20) for _ in range(4)]
+    assert crew.wait(*pids) == [0] * 4, crew.said()
+    check_exact(trials_at(url), 10)
+
+
+def test_a_server_that_is_restarted_at_once_loses_no_finished_trial_and_workers_wait_for_it(server, crew):
+    url = server.database("restarted")
+    pids = [crew.hire(url, 16, n_steps=60) for _ in range(3)]
+    until(lambda: sum(t.state == TrialState.COMPLETE for t in trials_at(url)) >= 4)
+    before = {t.number: t for t in trials_at(url) if t.state == TrialState.COMPLETE}
+    for _ in range(2):
+        server.stop()
+        time.sleep(2)
+        server.start()
+        time.sleep(1)
+    assert crew.wait(*pids) == [0] * 3, crew.said()
+    trials = trials_at(url)
+    check_exact(trials, 16)
+    assert all(trials[number] == trial for number, trial in before.items())
+    print(f"two restarts: {len(before)} trials finished before, 16 after, {len(trials) - 16} tried again")
+
+
+def test_a_server_that_stays_away_is_named_without_the_password(server, crew):
+    url = server.database("away")
+    server.stop()
+    try:
+        pid = crew.hire(url, 2, PATIENCE=1)
+        assert crew.wait(pid) == [1]
+    finally:
+        server.start()
+    said = crew.said()
+    assert f"PostgreSQL database 'away' at 127.0.0.1:{server.port} cannot be used for" in said
+    assert "hunter2" not in said and "Traceback" not in said
+
+
+def test_a_worker_that_was_frozen_for_too_long_wakes_and_goes_on_with_another_trial(server, crew):
+    url = server.database("frozen")
+    how = dict(n_trials=12, n_steps=250, HEARTBEAT=1, GRACE=3, POLL=0.2)
+    frozen = crew.hire(url, **how)
+    until(lambda: [t for t in trials_at(url) if t.state == TrialState.RUNNING and t.intermediate_values])
+    os.kill(frozen, signal.SIGSTOP)
+    other = crew.hire(url, **how)
+    until(lambda: any(t.user_attrs.get("failure") == workers.LOST for t in trials_at(url)))
+    os.kill(frozen, signal.SIGCONT)
+    assert crew.wait(frozen, other) == [0, 0], crew.said()
+    trials = trials_at(url)
+    check_exact(trials, 12)
+    lost = [t.number for t in trials if t.state == TrialState.FAIL]
+    by_frozen = [t for t in trials if t.user_attrs["worker"]["pid"] == frozen and t.number > lost[0]]
+    assert len(lost) == 1 and by_frozen and all(t.state in workers.FINISHED for t in by_frozen)
+
+
+def test_a_worker_that_stands_still_with_the_lock_loses_it_and_learns_so(server, monkeypatch):
+    url = server.database("still")
+    monkeypatch.setattr(storage, "FROZEN", 1)
+    with storage.locked(url) as still_locked:
+        assert still_locked()
+        time.sleep(1.5)
+        with storage.locked(url):
+            assert not still_locked()
+
+
+def test_a_trial_begun_without_the_lock_is_given_back(server, monkeypatch):
+    url = server.database("alone")
+    kept = storage.connect(url)
+    study = optuna.create_study(study_name="s", storage=kept)
+    answers = iter([False, True])
+    monkeypatch.setattr(storage, "_answers", lambda connection: next(answers))
+    trial = workers.begin(study, 1)
+    assert workers.first_try(trial) == 0 and trial.number == 1
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.RUNNING]
+    kept.engine.dispose()
