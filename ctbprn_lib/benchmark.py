@@ -35,14 +35,14 @@ SECONDS = 0.4  # that one run shall last
 def against_the_original(shapes=SHAPES, n_runs=7, device="auto", precision="auto"):
     """Ours beside the original's loop in the same run, alternating: one dict a shape.
 
-    Keys: d, rank, n_areas, seq_len, batch_size, n_replicas; baseline_ms and ours_ms a replica-step (medians); ratio,
-    ratio_low and ratio_high (median, least and largest of n_runs pairs); gflop and mbyte a replica-step (work) and, as
+    Keys: precision and SHAPE; baseline_ms and ours_ms a replica-step (medians); ratio, ratio_low and ratio_high
+    (median, least and largest of n_runs pairs); gflop and mbyte a replica-step (work) and, as
     shares of ours_ms, how long the machine would need for either at its best (limits).
     The baseline is one replica in tests/reference.py's loop: a batch sample by sample, and an evaluation after each
     step. Ours has a stem besides, and F = d for both.
     """
     device, reference = resolve_device(device), _reference()
-    can, rows = limits(device, precision), []
+    kind, can, rows = resolve_precision(precision, device), limits(device, precision), []
     for hp, n_areas, R in shapes:
         task = RoutingTask(n_areas, hp.d, hp.seq_len)
         one_run, pairs = _stepper(hp, task, R, device, precision), []
@@ -59,7 +59,7 @@ def against_the_original(shapes=SHAPES, n_runs=7, device="auto", precision="auto
         ours = statistics.median(o for _, o in pairs)
         flop, moved = work(hp, task, precision, device)
         rows.append(
-            dict(d=hp.d, rank=hp.rank, n_areas=n_areas, seq_len=hp.seq_len, batch_size=hp.batch_size, n_replicas=R,
+            dict(precision=kind, d=hp.d, rank=hp.rank, n_areas=n_areas, seq_len=hp.seq_len, batch_size=hp.batch_size, n_replicas=R,
                  baseline_ms=statistics.median(b for b, _ in pairs), ours_ms=ours, ratio=statistics.median(ratios),
                  ratio_low=min(ratios), ratio_high=max(ratios), gflop=flop / 1e9, mbyte=moved / 1e6,
                  arithmetic_share=1000 * flop / can["flop_per_s"] / ours,
@@ -243,16 +243,41 @@ def sizes(device):
     return {"n_replicas": many, "seq_len": (16, 32, 64, 128), "d": (16, 32, 64, 128)}
 
 
+SHAPE = ("d", "rank", "n_areas", "seq_len", "batch_size", "n_replicas")
+HEADER = ("Precision", "d", "rank", "K", "T", "B", "R", "Original (ms)", "Ours (ms)", "Times as fast [least, most]",
+          "GFLOP, MB", "Of the machine's best")  # fmt: skip
+
+
+def cells(row):
+    """A row of against_the_original as people read it, under HEADER."""
+    ratio = "{ratio:.1f} [{ratio_low:.1f}, {ratio_high:.1f}]".format(**row)
+    share = "{arithmetic_share:.0%}, {memory_share:.0%}".format(**row)
+    times = f"{row['baseline_ms']:.2f}", f"{row['ours_ms']:.3g}"
+    return [
+        row["precision"],
+        *(row[name] for name in SHAPE),
+        *times,
+        ratio,
+        "{gflop:.2f}, {mbyte:.1f}".format(**row),
+        share,
+    ]
+
+
+def name_of(device):
+    """The GPU, or how many threads of the CPU."""
+    n = torch.get_num_threads()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {n} thread{'s' * (n > 1)}"
+
+
 def main(device="auto", shapes=SHAPES, grow=None):
-    """Print the tables."""
+    """Print the tables: each replica-step in milliseconds, then throughput as sizes grow."""
     where = resolve_device(device)
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}; {name}; {resolve_precision('auto', where)}; a replica-step:\n")
-    for row in against_the_original(shapes, device=device):
-        print("d {d}, rank {rank}, K {n_areas}, T {seq_len}, B {batch_size}, R {n_replicas}: "
-              "{baseline_ms:.2f} ms in the original's loop, {ours_ms:.3f} ms here, "
-              "{ratio:.1f} times [{ratio_low:.1f}, {ratio_high:.1f}]; {gflop:.2f} GFLOP and {mbyte:.1f} MB, "
-              "{arithmetic_share:.0%} and {memory_share:.0%} of the machine's best".format(**row))  # fmt: skip
+    print(f"torch {torch.__version__}; {name_of(where)}\n")
+    for row in (HEADER, ["---"] * len(HEADER)):
+        print("|", " | ".join(row), "|")
+    for precision in dict.fromkeys((resolve_precision("auto", where), "fp32")):
+        for row in against_the_original(shapes, device=device, precision=precision):
+            print("|", " | ".join(map(str, cells(row))), "|")
     print()
     for size, values in (grow or sizes(where)).items():
         for row in scaling(size, values, shapes[min(2, len(shapes) - 1)], device=device):

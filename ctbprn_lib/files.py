@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-import yaml
 
 from ctbprn_lib import InputError
 
@@ -84,6 +82,8 @@ def mapping(path, expected):
 
     expected: what the names and values are, for the message where they are not there.
     """
+    import yaml
+
     path = _file(path)
     with _reading(path, "a readable YAML file"):
         if path.stat().st_size > 4 * LONGEST_YAML or len(text := path.read_text(encoding="utf-8")) > LONGEST_YAML:
@@ -104,6 +104,8 @@ def table(path, text=(), numbers=None):
 
     numbers: {column: largest value}, each cell empty (NaN) or a number from 0 on; None: every other column, any number.
     """
+    import pandas as pd
+
     path = _file(path)
     with _reading(path, "a readable CSV file"), path.open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file, strict=True)
