@@ -180,21 +180,23 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
     def objective(trial):
         hp = suggest(trial, space)
         trial.suggest_float(PLACEBO, 0.0, 1.0)
-        started, kept = time.perf_counter(), {}
+        started, told = time.perf_counter(), 0
 
         def on_eval(result):
-            record = trial_record(result) | origin | {"train_seconds": time.perf_counter() - started}
-            for key, value in record.items():
-                if key not in kept or kept[key] != value:  # most do not change while a trial runs
-                    trial.set_user_attr(key, value)
-            told = len(kept.get("steps", ()))
-            kept.update(record)
+            nonlocal told
+            at_end, hopeless = result.steps[-1] == budget.n_steps, False
             if len(study.directions) == 1:
                 name = "val_ce" if study.direction.name == "MINIMIZE" else "val_accuracy"
                 for at in range(told, len(result.steps)):  # several, after a checkpoint
                     trial.report(scores(result, at)[name], at + 1)
-                if result.steps[-1] < budget.n_steps and trial.should_prune():
-                    raise optuna.TrialPruned
+                told = len(result.steps)
+                hopeless = not at_end and trial.should_prune()
+            if at_end or hopeless:  # not each time: it takes as long as the rest of what the database is told
+                record = trial_record(result) | origin | {"train_seconds": time.perf_counter() - started}
+                for key, value in record.items():
+                    trial.set_user_attr(key, value)
+            if hopeless:
+                raise optuna.TrialPruned
 
         seeds = np.random.SeedSequence(seed, spawn_key=(TUNING, workers.first_try(trial)))
         try:
@@ -249,7 +251,7 @@ def trial_record(result):
     curves = {name: [[None if math.isnan(v) else round(float(v), 6) for v in row] for row in rows]
               for name, rows in result.curves.items()}  # fmt: skip
     return scores(result) | dict(
-        steps=list(result.steps),  # which goes on growing
+        steps=result.steps,
         curves=curves,
         diverged_at=result.diverged_at,
         n_diverged=sum(step is not None for step in result.diverged_at),
