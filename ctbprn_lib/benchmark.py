@@ -29,6 +29,7 @@ SHAPES = (
     (Hyperparameters(d=64, rank=16, seq_len=128, batch_size=32), 2, 4),
     (Hyperparameters(d=64, rank=16, seq_len=128, batch_size=32), 6, 4),
 )
+SHAPE = ("d", "rank", "n_areas", "seq_len", "batch_size", "n_replicas")
 SECONDS = 0.4  # that one run shall last
 
 
@@ -58,13 +59,14 @@ def against_the_original(shapes=SHAPES, n_runs=7, device="auto", precision="auto
         ratios = [baseline / ours for baseline, ours in pairs]
         ours = statistics.median(o for _, o in pairs)
         flop, moved = work(hp, task, precision, device)
-        rows.append(
-            dict(precision=kind, d=hp.d, rank=hp.rank, n_areas=n_areas, seq_len=hp.seq_len, batch_size=hp.batch_size, n_replicas=R,
-                 baseline_ms=statistics.median(b for b, _ in pairs), ours_ms=ours, ratio=statistics.median(ratios),
-                 ratio_low=min(ratios), ratio_high=max(ratios), gflop=flop / 1e9, mbyte=moved / 1e6,
-                 arithmetic_share=1000 * flop / can["flop_per_s"] / ours,
-                 memory_share=1000 * moved / can["byte_per_s"] / ours)
-        )  # fmt: skip
+        shape = {name: getattr(hp, name, None) for name in SHAPE} | {"n_areas": n_areas, "n_replicas": R}
+        rows.append({"precision": kind} | shape | dict(
+            baseline_ms=statistics.median(b for b, _ in pairs), ours_ms=ours,
+            ratio=statistics.median(ratios), ratio_low=min(ratios), ratio_high=max(ratios),
+            gflop=flop / 1e9, mbyte=moved / 1e6,
+            arithmetic_share=1000 * flop / can["flop_per_s"] / ours,
+            memory_share=1000 * moved / can["byte_per_s"] / ours,
+        ))  # fmt: skip
     return rows
 
 
@@ -243,7 +245,6 @@ def sizes(device):
     return {"n_replicas": many, "seq_len": (16, 32, 64, 128), "d": (16, 32, 64, 128)}
 
 
-SHAPE = ("d", "rank", "n_areas", "seq_len", "batch_size", "n_replicas")
 HEADER = ("Precision", "d", "rank", "K", "T", "B", "R", "Original (ms)", "Ours (ms)", "Times as fast [least, most]",
           "GFLOP, MB", "Of the machine's best")  # fmt: skip
 

@@ -176,18 +176,17 @@ def test_a_trial_that_was_lost_goes_on_from_its_checkpoint(small_task, reports, 
     search.run_trials(calm, 2, **asked)
     study = search.open_study("s", **asked)
     search.run_trials(study, 1, **asked)
-    real, n_evals = search.trial_record, []
+    real = search.scores
 
-    def interrupted(result):
-        n_evals.append(1)
-        if len(n_evals) == 3:
+    def interrupted(result, at=-1):
+        if len(result.steps) == 3:
             raise KeyboardInterrupt
-        return real(result)
+        return real(result, at)
 
-    monkeypatch.setattr(search, "trial_record", interrupted)
+    monkeypatch.setattr(search, "scores", interrupted)
     with pytest.raises(KeyboardInterrupt):
         search.run_trials(study, 2, **asked)
-    monkeypatch.setattr(search, "trial_record", real)
+    monkeypatch.setattr(search, "scores", real)
     assert [path.suffix for path in sorted((reports.parent / "runs" / "checkpoints").iterdir())] == [
         ".before",
         ".safetensors",
