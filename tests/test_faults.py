@@ -182,14 +182,16 @@ def test_an_interrupted_worker_ends_at_once_and_hands_its_trial_on(crew, tmp_pat
 
 
 def test_ctrl_c_on_papermill_shows_no_traceback_of_ours_and_the_same_command_goes_on(project):
-    shutil.rmtree(project / "reports")
+    shutil.rmtree(project / "reports", ignore_errors=True)
     with tune(project, 300) as process:
         until(lambda: "2 of 300" in (project / "said.txt").read_text())
         os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: the kernel is in a group of its own
         assert process.wait(20) == 1
     said = (project / "said.txt").read_text()
     # (now and then nbclient logs that the kernel died, of which it was told to stop)
-    assert "Aborted!" in said and "ctbprn_lib/" not in said and "KeyboardInterrupt" not in said and "ZMQ" not in said
+    assert (
+        "Aborted!" in said and "ctbprn_lib/" not in said and "KeyboardInterrupt" not in said and "ZMQError" not in said
+    )
     trials = trials_at(f"sqlite:///{project / DATABASE}")
     n_finished = sum(t.state in workers.FINISHED for t in trials)
     assert n_finished >= 2 and len(trials) <= n_finished + 1
@@ -347,8 +349,8 @@ def test_one_replica_that_diverges_counts_as_chance_and_harms_no_other(reports):
 
 
 def test_a_study_whose_every_trial_diverges_exits_non_zero_and_says_why(project):
-    shutil.rmtree(project / "reports")
-    (project / "wild.yaml").write_text("lr: [1.0e+30]\nd: [8]\nbatch_size: [4]\nseq_len: [8]\n")
+    shutil.rmtree(project / "reports", ignore_errors=True)
+    (project / "wild.yaml").write_text("lr: [1.0e+9]\nd: [8]\nbatch_size: [4]\nseq_len: [8]\n")
     done = project.papermill("tune", *SMALL, ("n_trials", 2), ("space", "wild.yaml"))
     assert done.returncode != 0
     assert "the last 3 trials gave no score; the last one: all 2 replicas diverged" in done.stderr
@@ -356,7 +358,7 @@ def test_a_study_whose_every_trial_diverges_exits_non_zero_and_says_why(project)
 
 
 def test_shapes_that_do_not_fit_into_memory_fail_with_the_shape_and_the_study_goes_on(project):
-    shutil.rmtree(project / "reports")
+    shutil.rmtree(project / "reports", ignore_errors=True)
     (project / "large.yaml").write_text("d: [8]\nbatch_size: [4, 262144]\nseq_len: [128]\n")
     done = project.papermill("tune", *SMALL, ("n_trials", 4), ("space", "large.yaml"))
     assert done.returncode == 0, done.stderr
