@@ -135,7 +135,7 @@ class _Bytes(TorchDispatchMode):
 
 def _training(hp, task, R, device, precision):
     precision = resolve_precision(precision, device)
-    training = Training(hp, task, Budget(10**5, R, n_validation=1, schedule="constant"), device, precision)
+    training = Training(hp, task, Budget(10**6, R, n_validation=1, schedule="constant"), device, precision)
     training.start(hp, 0)
     return training
 
