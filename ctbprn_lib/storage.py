@@ -113,6 +113,7 @@ def _patiently(url, call):
                 passes = "locked" in said
             else:
                 passing = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)
+                passing += (sqlalchemy.exc.PendingRollbackError,)  # of Optuna's second attempt on a lost connection
                 passes = isinstance(cause, passing) and not re.search(HOPELESS, said)
             waited = time.monotonic() - started
             if not passes or waited > PATIENCE:
