@@ -13,10 +13,10 @@ ifeq ($(SIZE),quick)
 STUDY ?= quick
 TRIALS ?= 12
 REPLICAS ?= 3
-STEPS ?= 120
+STEPS ?= 100
 SEEDS ?= 4
 AUDIT := -p n_seeds 40 -p n_fresh_seeds 4 -p n_spread_seeds 4 -p max_steps 20 -p n_curve_seeds 2
-EXPLORE := -p n_steps 120
+EXPLORE := -p n_steps 100
 else ifeq ($(SIZE),full)
 STUDY ?= ctbprn
 TRIALS ?= 100
