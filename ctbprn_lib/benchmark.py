@@ -252,7 +252,7 @@ HEADER = ("Precision", "d", "rank", "K", "T", "B", "R", "Original (ms)", "Ours (
 def cells(row):
     """A row of against_the_original as people read it, under HEADER."""
     ratio = "{ratio:.1f} [{ratio_low:.1f}, {ratio_high:.1f}]".format(**row)
-    share = "{arithmetic_share:.0%}, {memory_share:.0%}".format(**row)
+    share = f"{100 * row['arithmetic_share']:.0f} %, {100 * row['memory_share']:.0f} %"
     times = f"{row['baseline_ms']:.2f}", f"{row['ours_ms']:.3g}"
     return [
         row["precision"],

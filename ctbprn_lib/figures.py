@@ -6,7 +6,7 @@ Colours: Okabe and Ito's palette, which colour-blind readers can tell apart.
 import matplotlib as mpl
 import numpy as np
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from ctbprn_lib import files
 
@@ -261,13 +261,16 @@ def power(ax, sizes, shares):
 def growth(ax, sizes, throughput, memory, label):
     """Replica-steps a second against a size, both logarithmic; beside each point its peak memory in MiB."""
     ax.loglog(sizes, throughput, "o-", ms=5, lw=1, color=BLUE)
+    beside = (5, -11 if throughput[-1] > throughput[0] else 5)  # points: away from the line
     for x, y, mib in zip(sizes, throughput, memory, strict=True):
-        ax.annotate(f"{mib:,.0f} MiB", (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=7, color=GREY)
+        ax.annotate(f"{mib:,.0f} MiB", (x, y), beside, textcoords="offset points", fontsize=7, color=GREY)
     ax.set_xticks(sizes, [f"{x:g}" for x in sizes])
     ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set(xlabel=label, ylabel="replica-steps a second", ylim=(min(throughput) / 1.5, max(throughput) * 1.6))
-    ax.margins(x=0.12)
+    ax.set(xlabel=label, ylabel="replica-steps a second", xlim=(sizes[0] / 1.3, sizes[-1] * 2))
+    ax.set_ylim(min(throughput) / 2, max(throughput) * 2)
     return ax
 
 
