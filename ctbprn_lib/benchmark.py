@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ctbprn_lib import InputError
-from ctbprn_lib.device import precision_context, resolve_device, resolve_precision
+from ctbprn_lib.device import out_of_memory, precision_context, resolve_device, resolve_precision
 from ctbprn_lib.tasks import RoutingTask
 from ctbprn_lib.train import Budget, Hyperparameters, Training, fit
 
@@ -77,13 +77,16 @@ def scaling(name, values, shape=SHAPES[2], n_runs=3, device="auto", precision="a
     """
     (hp, n_areas, R), device, rows = shape, resolve_device(device), []
     for value in values:
+        training = one_run = None  # its memory is free before the next is made
         R = value if name == "n_replicas" else R
         hp = hp if name == "n_replicas" else replace(hp, **{name: value})
         try:
             training = _training(hp, RoutingTask(n_areas, hp.d, hp.seq_len), R, device, precision)
             one_run = _timed(training, device)
             seconds = statistics.median(one_run() for _ in range(n_runs))
-        except (torch.OutOfMemoryError, MemoryError):
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             break
         rows.append({name: value, "replica_steps_per_s": R / seconds, "peak_mem_mib": training.peak_mem_mib()})
     return rows
@@ -135,6 +138,8 @@ class _Bytes(TorchDispatchMode):
 
 def _training(hp, task, R, device, precision):
     precision = resolve_precision(precision, device)
+    for _ in task.fixed("validation", 1, hp.seq_len, device):
+        pass  # as in train.fit
     training = Training(hp, task, Budget(10**6, R, n_validation=1, schedule="constant"), device, precision)
     training.start(hp, 0)
     return training
@@ -204,12 +209,13 @@ def trials_an_hour(n_workers, n_trials=6, budget=None):
 
 
 def _work(url, n_trials, budget):
-    from ctbprn_lib import search
+    from ctbprn_lib import search, workers
 
+    workers.POLL = 0.05  # or the last one's wait for the others would be most of what is timed
     task, hp = RoutingTask(), Hyperparameters()
     space = {name: [getattr(hp, name)] for name in search.default_space(task)}
     asked = dict(task=task, space=space, budget=budget)
-    search.run_trials(search.open_study("speed", url, pruner="none", **asked), n_trials, **asked)
+    search.run_trials(search.open_study("speed", url, pruner="none", **asked), n_trials, device="cpu", **asked)
 
 
 def search_seconds(n_trials=20):
@@ -217,12 +223,13 @@ def search_seconds(n_trials=20):
     from ctbprn_lib import search
 
     task, budget = RoutingTask(n_features=4, n_tokens=4), Budget(n_steps=5, n_replicas=3, n_validation=1)
-    asked = dict(task=task, space=search.default_space(task) | {"d": [4], "rank": [1]}, budget=budget)
+    space = search.default_space(task) | {"d": [4], "rank": [1], "batch_size": [32], "seq_len": [4]}
+    asked = dict(task=task, space=space, budget=budget)
     with tempfile.TemporaryDirectory() as folder:
         study = search.open_study("cost", f"sqlite:///{folder}/study.db", pruner="none", **asked)
-        whole = _seconds(lambda n: search.run_trials(study, n, **asked), n_trials)
+        whole = _seconds(lambda n: search.run_trials(study, n, device="cpu", **asked), n_trials)
     hp = Hyperparameters(d=4, rank=1, seq_len=4)
-    training = _seconds(lambda n: [fit(hp, task, budget, seed) for seed in range(n)], n_trials)
+    training = _seconds(lambda n: [fit(hp, task, budget, seed, "cpu") for seed in range(n)], n_trials)
     return (whole - training) / n_trials
 
 

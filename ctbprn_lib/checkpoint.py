@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from ctbprn_lib import InputError
@@ -14,21 +15,27 @@ log = logging.getLogger(__name__)
 def write(path, tensors, of, about):
     """Write {name: CPU tensor} and about to path in one move; what was there is kept as the one before.
 
-    of: what the training is, about: how far it is; both plain JSON values.
+    of: what the training is, about: how far it is; both plain JSON values. Where nothing can be written (a full disk)
+    that is logged, and the training goes on.
     """
     from safetensors.torch import save
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(f".{os.getpid()}.new")  # another may be at it, whose trial this one's was
     tensors, text = {name: t.contiguous() for name, t in tensors.items()}, json.dumps({"of": of, "about": about})
-    new = path.with_suffix(".new")
-    with open(new, "wb") as file:  # save_file's own files are 0600, whatever the umask
-        file.write(save(tensors, metadata={"checkpoint": text, "sha256": digest(tensors, text)}))
-        file.flush()
-        os.fsync(file.fileno())
-    if path.exists():
-        os.replace(path, before(path))
-    os.replace(new, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(new, "wb") as file:  # save_file's own files are 0600, whatever the umask
+            file.write(save(tensors, metadata={"checkpoint": text, "sha256": digest(tensors, text)}))
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, before(path))
+        os.replace(new, path)
+    except OSError as error:
+        with suppress(OSError):
+            new.unlink()
+        log.warning("%s: no checkpoint was kept (%s)", path, error.strerror)
 
 
 def read(path, of, use):

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from ctbprn_lib import InputError, evidence, published, search, storage
-from ctbprn_lib.device import precision_context, resolve_device, resolve_precision
+from ctbprn_lib.device import out_of_memory, precision_context, resolve_device, resolve_precision
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.scoring import score
 from ctbprn_lib.train import Budget, Hyperparameters, fit
@@ -266,7 +266,7 @@ def _train(task, run, budget, n_test, seed, device, weights=None):
     try:
         result = fit(run.hyperparameters, task, budget, seeds, device)
     except (MemoryError, RuntimeError) as error:
-        if not search.out_of_memory(error):
+        if not out_of_memory(error):
             raise
         return {"failure": f"out of memory at {run.hyperparameters}", "n_classes": task.n_classes}
     seconds = time.perf_counter() - started

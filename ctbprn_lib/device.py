@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -71,23 +72,32 @@ def captured(work, generator):
     if device.type == "cpu":
         return work
     with torch.cuda.device(device):
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries choose their kernels here, and AdamW makes its state
+        stream, pool = _for_graphs(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries choose their kernels and take their workspace here
             for _ in range(3):
                 work()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, pool=_graph_pool(device)):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             work()
     return graph.replay
 
 
 @functools.cache
-def _graph_pool(device):
-    """Memory that all graphs of a device take turns in: nothing in it is read after the replay that wrote it."""
-    return torch.cuda.graph_pool_handle()
+def _for_graphs(device):
+    """The stream on which a device's graphs are captured, and the memory that they take turns in.
+
+    Nothing in that memory is read after the replay that wrote it, so that any order of replays is safe.
+    """
+    return torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+
+def out_of_memory(error):
+    """Whether an error of torch or Python says so; the CPU's allocator raises a bare RuntimeError."""
+    said = re.search("(allocate|enough|out of) memory|bad_alloc", str(error))
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or said is not None
 
 
 class PeakMemory:

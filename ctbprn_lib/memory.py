@@ -14,10 +14,10 @@ from scipy import optimize
 
 from ctbprn_lib import InputError
 from ctbprn_lib.confirm import pool
-from ctbprn_lib.device import resolve_device
+from ctbprn_lib.device import out_of_memory, resolve_device
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.scoring import cross_entropy
-from ctbprn_lib.search import hyperparameters, out_of_memory
+from ctbprn_lib.search import hyperparameters
 from ctbprn_lib.train import Hyperparameters, gumbel_noise, untrained
 
 MOST = 2**16  # samples: nobody trains with more

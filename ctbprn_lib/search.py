@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from ctbprn_lib import InputError, __version__, checkpoint, files, storage, workers
+from ctbprn_lib.device import out_of_memory
 from ctbprn_lib.evidence import mean_interval
 from ctbprn_lib.storage import connect, locked, storage_url, study_folder
 from ctbprn_lib.train import Hyperparameters, fit
@@ -173,7 +174,8 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
 
     on_trial(study, trial, n_finished) is called after each trial.  Ctrl-C and SIGTERM leave the trial that runs to be
     tried again, by this process or another; on this machine it goes on from its last checkpoint.
-    Raises InputError once n_trials of this call's trials in a row have failed: there is nothing to report then.
+    Raises InputError once n_trials of this call's trials in a row (but at least three) have failed: there is nothing to
+    report then.
     """
     origin, n_failed = provenance(), 0
 
@@ -184,6 +186,9 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
 
         def on_eval(result):
             nonlocal told
+            if all(result.diverged_at):
+                first = min(result.diverged_at)
+                raise workers.TrialFailed(f"all {budget.n_replicas} replicas diverged, the first at step {first}")
             at_end, hopeless = result.steps[-1] == budget.n_steps, False
             if len(study.directions) == 1:
                 name = "val_ce" if study.direction.name == "MINIMIZE" else "val_accuracy"
@@ -205,16 +210,13 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
             if not out_of_memory(error):
                 raise
             raise workers.TrialFailed(f"out of memory at {hp}") from None
-        if all(result.diverged_at):
-            first = min(result.diverged_at)
-            raise workers.TrialFailed(f"all {budget.n_replicas} replicas diverged, the first at step {first}")
         score = scores(result)
         if len(study.directions) == 2:
             return score["val_ce"], score["val_accuracy"]
         return score["val_ce"] if study.direction.name == "MINIMIZE" else score["val_accuracy"]
 
     for trial in workers.run(study, n_trials, objective):
-        checkpoint.remove(checkpoint_of(study, trial))  # of one that was pruned or failed
+        checkpoint.remove(checkpoint_of(study, trial))  # not before: the result is in the database now
         n_failed = 0 if trial.state in FINISHED else n_failed + 1
         if n_failed >= max(3, n_trials):
             why = trial.user_attrs["failure"]
@@ -227,12 +229,6 @@ def checkpoint_of(study, trial):
     """The file in which a trial is kept while it runs, and from which its next try goes on."""
     name = f"{study_folder(study.study_name).name}-{workers.first_try(trial)}.safetensors"
     return storage.REPORTS.parent / "runs" / "checkpoints" / name
-
-
-def out_of_memory(error):
-    """Whether an error of torch or Python says so; the CPU's allocator raises a bare RuntimeError."""
-    said = re.search("(allocate|enough|out of) memory|bad_alloc", str(error))
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or said is not None
 
 
 def scores(result, at=-1):

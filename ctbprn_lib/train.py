@@ -3,6 +3,7 @@
 import copy
 import functools
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -182,13 +183,23 @@ class Training:
 _captured_once = functools.lru_cache(128)(Training)  # for GPUs, where making one means capturing two graphs
 
 
+def _training(shape, task, budget, device, precision):
+    if device.type == "cpu":
+        return Training(shape, task, budget, device, precision)
+    with suppress(torch.OutOfMemoryError):
+        return _captured_once(shape, task, budget, device, precision)
+    _captured_once.cache_clear()  # the shapes before hold memory that this one may need
+    torch.cuda.empty_cache()
+    return _captured_once(shape, task, budget, device, precision)
+
+
 def fit(hyperparameters, task, budget=None, seed=0, device="auto", on_eval=None, checkpoint=None):
     """Train R replicas at once and return their Fit.
 
     seed: an int or a numpy SeedSequence; initial values, batches and noise of every replica follow from it, so on one
     CPU the same call gives the same bits. on_eval(fit) is called after each scoring and may raise to stop.
     checkpoint: a file in which the training is kept after a scoring, at most every CHECKPOINT_SECONDS; the same call
-    goes on from there if it was stopped, and removes the file at the end.
+    goes on from there if it was stopped. The caller removes it (checkpoint.remove) when the result is safe.
     A replica whose loss is not finite is recorded in diverged_at and cannot harm its neighbours.
     Raises InputError for values that do not fit the task or the machine.
     """
@@ -198,9 +209,10 @@ def fit(hyperparameters, task, budget=None, seed=0, device="auto", on_eval=None,
     device = resolve_device(device)
     precision = resolve_precision(budget.precision, device)
     for _ in task.fixed("validation", budget.n_validation, hp.seq_len, device):
-        pass  # drawn and kept before the memory of this training is measured
-    make = _captured_once if device.type == "cuda" else Training
-    training = make(replace(hp, lr=1.0, temperature=1.0), task, budget, device, precision)
+        pass  # on the device, and kept there, before the memory of this training is measured
+    if device.type == "cuda":
+        task.draw(1, 1, torch.Generator(device), hp.seq_len)
+    training = _training(replace(hp, lr=1.0, temperature=1.0), task, budget, device, precision)
     root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
     training.start(hp, root)
     n_parameters = sum(p[0].numel() for p in training.parameters)
@@ -244,16 +256,14 @@ def fit(hyperparameters, task, budget=None, seed=0, device="auto", on_eval=None,
                 result.curves[name] = np.vstack([*result.curves.get(name, []), value])
             result.diverged_at = [s or None for s in training.diverged.tolist()]
             result.samples_seen, result.peak_mem_mib = step * hp.batch_size, training.peak_mem_mib()
+            if on_eval:
+                on_eval(result)
             if checkpoint and step < budget.n_steps and time.monotonic() - kept >= CHECKPOINT_SECONDS:
                 curves = {name: curve.tolist() for name, curve in result.curves.items()}
                 about = dict(steps=result.steps, curves=curves, step_time_ms=result.step_time_ms)
                 checkpoints.write(checkpoint, training.state(), of, about)
                 kept = time.monotonic()
-            if on_eval:
-                on_eval(result)
             start = time.perf_counter()
-    if checkpoint:
-        checkpoints.remove(checkpoint)
     if device.type == "cuda":
         result.model = copy.deepcopy(training.model)  # the next training of this shape begins in the same place
     return result

@@ -33,7 +33,7 @@ def stopped(task, path, n_scorings, hp=HP):
     """Leave what a training leaves that is stopped after so many scorings."""
 
     def stop(result):
-        if len(result.steps) == n_scorings:
+        if len(result.steps) == n_scorings + 1:  # before this one is kept
             raise Stop
 
     with pytest.raises(Stop):
@@ -63,7 +63,15 @@ def test_a_stopped_training_goes_on_to_the_same_result(small_task, tmp_path, ste
     steps.clear()
     assert_equal(whole, fit(HP, small_task, BUDGET, 3, checkpoint=tmp_path / "c.safetensors"))
     assert len(steps) == 20 - 4 * n_scorings
-    assert list(tmp_path.iterdir()) == []  # it is done
+    checkpoint.remove(tmp_path / "c.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_checkpoint_can_be_written_the_training_goes_on(small_task, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "c.safetensors"  # in a folder that cannot be
+    assert_equal(fit(HP, small_task, BUDGET, 3), fit(HP, small_task, BUDGET, 3, checkpoint=path))
+    assert f"{path}: no checkpoint was kept" in caplog.text and list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_a_killed_process_leaves_a_checkpoint_that_another_goes_on_from(tmp_path, steps):
@@ -96,7 +104,7 @@ TASK = tasks.RoutingTask(n_features=8, n_tokens=16)
     n_whole = len(steps)
     steps.clear()
     assert_equal(whole, fit(space["HP"], space["TASK"], budget, 3, checkpoint=tmp_path / "c.safetensors"))
-    assert n_whole == 600 and len(steps) <= 600 - 7 * 10
+    assert n_whole == 600 and len(steps) <= 600 - 6 * 10
 
 
 def flip(path):
@@ -193,7 +201,7 @@ def test_a_trial_that_was_lost_goes_on_from_its_checkpoint(small_task, reports, 
     ]
     steps.clear()
     search.run_trials(study, 2, **asked)
-    assert len(steps) == 20 - 12
+    assert len(steps) == 20 - 8
     lost, retried = study.trials[1:]
     assert lost.state.name == "FAIL" and retried.user_attrs["retry_of"] == 1
     undisturbed = calm.trials[1]
