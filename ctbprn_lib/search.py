@@ -17,6 +17,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import torch
+import torch._dynamo  # torch.optim imports it in the first training: Ctrl-C amid an import is another error
 
 from ctbprn_lib import InputError, __version__, checkpoint, files, storage, workers
 from ctbprn_lib.device import out_of_memory

@@ -95,7 +95,7 @@ def test_20_kills_at_random_moments_lose_no_finished_trial_and_the_total_is_exac
     for n in range(20):
         pid = crew.hire(url, n_trials, n_steps=20, MOST_TRIES=30)
         if n % 4 == 3:  # on a slow machine too something shall have been finished
-            until(lambda: n_finished(url) > len(finished))  # noqa: B023
+            until(lambda: n_finished(url) > min(len(finished), n_trials - 1))  # noqa: B023
         time.sleep(rng.uniform(0.02, 2.0))
         crew.kill(pid)
         trials = trials_at(url)
@@ -116,17 +116,17 @@ def killed(project):
     """A study whose papermill was killed with its kernel at five random moments, then ran to its end."""
     rng, url, finished = random.Random(1), f"sqlite:///{project / DATABASE}", {}
     for n in range(5):
-        with tune(project, 12) as process:
+        with tune(project, 30) as process:
             until(lambda: "to go" in (project / "said.txt").read_text())
             if n % 2:
-                until(lambda: n_finished(url) > len(finished))  # noqa: B023
-            time.sleep(rng.uniform(0.0, 3.0))
+                until(lambda: n_finished(url) > min(len(finished), 29))  # noqa: B023
+            time.sleep(rng.uniform(0.0, 1.5))
             kill_tree(process)
         trials = trials_at(url)
         assert all(trials[number] == trial for number, trial in finished.items())
         finished = {t.number: t for t in trials if t.state in workers.FINISHED}
         assert not (project / "reports" / "s" / "report.md").exists()
-    with tune(project, 12) as process:
+    with tune(project, 30) as process:
         assert process.wait(120) == 0, (project / "said.txt").read_text()
     trials = trials_at(url)
     print(f"5 kills of papermill and its kernel: {len(finished)} trials finished by then, all there; "
@@ -136,9 +136,9 @@ def killed(project):
 
 def test_papermill_killed_five_times_with_its_kernel_ends_in_a_report_of_all_trials(project, killed):
     finished, trials = killed
-    check_exact(trials, 12)
+    check_exact(trials, 30)
     assert finished and all(trials[number] == trial for number, trial in finished.items())
-    assert "12 complete" in (project / "reports" / "s" / "report.md").read_text()
+    assert "30 complete" in (project / "reports" / "s" / "report.md").read_text()
 
 
 def published(project):
