@@ -8,7 +8,7 @@ export JUPYTER_RUNTIME_DIR := $(CURDIR)/.venv/jupyter/runtime
 export IPYTHONDIR := $(CURDIR)/.venv/ipython
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 
-# full is for a GPU; on a CPU take less of it, as in `make report SIZE=full TRIALS=40 REPLICAS=4 STEPS=500`
+# full is for a GPU; reports/ctbprn is what two CPU cores could do: STUDY=ctbprn TRIALS=40 REPLICAS=4 STEPS=500 SEEDS=8
 ifeq ($(SIZE),quick)
 STUDY ?= quick
 TRIALS ?= 12
@@ -18,7 +18,7 @@ SEEDS ?= 4
 AUDIT := -p n_seeds 40 -p n_fresh_seeds 4 -p n_spread_seeds 4 -p max_steps 20 -p n_curve_seeds 2
 EXPLORE := -p n_steps 100
 else ifeq ($(SIZE),full)
-STUDY ?= ctbprn
+STUDY ?= flagship
 TRIALS ?= 100
 REPLICAS ?= 8
 STEPS ?= 2000

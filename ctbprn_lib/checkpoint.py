@@ -41,7 +41,7 @@ def write(path, tensors, of, about):
 def read(path, of, use):
     """Call use(tensors, about) on the checkpoint at path, or if that is refused, on the one before.
 
-    use raises ValueError, TypeError, KeyError or RuntimeError for content that does not fit.
+    use raises ValueError, TypeError, KeyError, AttributeError or RuntimeError for content that does not fit.
     Returns whether one was used; why one was refused is logged.
     """
     for place in (Path(path), before(path)):
@@ -49,7 +49,7 @@ def read(path, of, use):
             try:
                 use(*_checked(place, of))
                 return True
-            except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
                 log.warning("%s: not used as a checkpoint (%s)", place.name, error)
     return False
 

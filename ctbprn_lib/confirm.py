@@ -11,6 +11,7 @@ import multiprocessing
 import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -56,9 +57,11 @@ class Run:
 def candidates(trials, task, n_steps, n_top=3):
     """The n_top trials by accuracy and by CE, the published trials 1 and 2, and the defaults, as Runs.
 
-    trials: search.records; sequence lengths stop at the task's tokens.
+    trials: search.records; sequence lengths stop at the task's tokens.  Raises InputError if no trial is complete.
     """
     complete = trials[trials["state"] == "complete"]
+    if complete.empty:
+        raise InputError("the study has no complete trial whose hyperparameters could be confirmed")
     top = [complete.sort_values("val_accuracy", ascending=False), complete.sort_values("val_ce")]
     numbers = dict.fromkeys(n for ordered in top for n in ordered["trial"][:n_top])
     rows = complete.set_index("trial")
@@ -135,11 +138,9 @@ class Confirmation:
         """
         wanted = {self.key(run): run for run in runs}
         kept, origin = {}, search.provenance()
-        for record in (trial.user_attrs for trial in self.study.get_trials(deepcopy=False)):
-            on_cpu = record.get("device", "").startswith("CPU")
-            like_here = record.get("precision") == self.precision and on_cpu == (self.device.type == "cpu")
-            if record["key"] in wanted and like_here:  # failures are tried again
-                kept[record["key"]] = record
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.user_attrs["key"] in wanted and trial.state.name == "COMPLETE":  # failures are tried again
+                kept[trial.user_attrs["key"]] = trial.user_attrs
         for key, record in self._trained({key: run for key, run in wanted.items() if key not in kept}):
             kept[key] = json.loads(json.dumps({"key": key} | record | origin))
             ce = record.get("mean_test_ce")
@@ -153,6 +154,7 @@ class Confirmation:
         """What makes two runs the same, as a hash."""
         budget = asdict(replace(self.budget, n_steps=run.n_steps))
         same = [asdict(run.hyperparameters), budget, self.seed, self.n_test, self.task.description]
+        same += [self.precision, self.device.type]
         same += ["ablation"] if run.base else []
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -185,7 +187,8 @@ class Confirmation:
             if hasattr(self.task, "standardised"):
                 content["standardised"] = self.task.standardised
             for kind in ("test_accuracy", "test_ce"):
-                mean, low, high = evidence.mean_interval(_no_gaps(record, kind))
+                top = math.inf if kind == "test_ce" else 1
+                mean, low, high = evidence.mean_interval(_no_gaps(record, kind), top=top)
                 content[kind] = dict(mean=mean, low=low, high=high, seeds=record[kind])
             network = CTBPRN.load(made)  # scored as whoever loads it will use it, in fp32
             scores = score(network, self.task, "test", self.n_test, run.hyperparameters.seq_len)
@@ -211,20 +214,33 @@ class Confirmation:
         longest_first = sorted(words, key=lambda key: -todo[key].n_steps * todo[key].hyperparameters.batch_size)
         with pool(workers) as processes:
             futures = {processes.submit(_train, *words[key]): key for key in longest_first}
+            broken = None
             try:
                 for future in as_completed(futures):
-                    yield futures[future], future.result()
+                    if future.cancelled():
+                        continue
+                    if error := future.exception():
+                        broken = broken or error
+                        for other in futures:  # what runs is still kept, and only what has not begun is not
+                            other.cancel()
+                    else:
+                        yield futures[future], future.result()
             except (KeyboardInterrupt, GeneratorExit):
                 for process in multiprocessing.active_children():  # or the end of what runs would be waited for
                     process.terminate()
                 raise
+        if isinstance(broken, BrokenProcessPool):
+            raise InputError("a process that trained was ended from outside, as happens where memory is short; what "
+                             "was done is kept, and the same command goes on from there")  # fmt: skip
+        if broken:
+            raise broken
 
 
 def records(name, storage=""):
     """What confirm.ipynb recorded of a study: (one row for each run's role and seed, about), or (None, None).
 
-    Columns: role, base, factor, level, the hyperparameters, n_steps, seed, test_accuracy, test_ce, route_accuracy (a
-    diverged seed counts as chance), val_accuracy, val_ce, diverged_at, and the run's cost and provenance.
+    Columns: role, base, factor, level, the hyperparameters, n_steps, seed, test_accuracy, test_ce, val_accuracy, val_ce
+    (a diverged seed counts as chance), route_accuracy (NaN there), diverged_at, and the run's cost and provenance.
     """
     try:
         study = optuna.load_study(study_name=f"{name}/confirm", storage=search.load_study(name, storage)._storage)
@@ -232,7 +248,9 @@ def records(name, storage=""):
         return None, None
     if "plan" not in study.user_attrs:
         return None, None
-    kept, rows = {trial.user_attrs["key"]: trial.user_attrs for trial in study.trials}, []
+    kept, rows = {}, []
+    for trial in sorted(study.trials, key=lambda trial: trial.state.name == "COMPLETE"):
+        kept[trial.user_attrs["key"]] = trial.user_attrs
     for run in study.user_attrs["plan"]:
         record = kept[run["key"]]
         if "mean_test_ce" not in record:
@@ -250,11 +268,9 @@ VALIDATION = ("val_accuracy", "val_ce")
 
 
 def _no_gaps(record, name):
-    """Scores with chance where a seed diverged."""
-    C = record["n_classes"]
-    chance = {"test_ce": math.log(C), "val_ce": math.log(C), "route_accuracy": math.nan}.get(name, 1 / C)
-    values = record.get(name) or [None] * len(record["test_ce"])
-    return [chance if value is None else value for value in values]
+    """Scores with chance where a seed diverged, or NaN where the router is scored."""
+    values = np.array(record.get(name) or [None] * len(record["test_ce"]), dtype=float)
+    return values if name == "route_accuracy" else search.or_chance(name, values, record["n_classes"])
 
 
 def _train(task, run, budget, n_test, seed, device, weights=None):

@@ -12,14 +12,16 @@ from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 from ctbprn_lib import InputError
 
 
-def mean_interval(scores, level=0.95):
-    """Mean over seeds with a t interval; on the logit scale where all scores lie in [0, 1].
+def mean_interval(scores, level=0.95, top=1.0):
+    """Mean over seeds with a t interval that stays where scores can be: from 0 to top.
 
     scores: (R,) one held-out score per seed; scores that are not finite (diverged replicas) are left out.
-    level: coverage in (0, 1).  Returns (mean, low, high) in the units of scores.
-    Raises InputError for fewer than two finite scores or a level outside (0, 1).
-    Near 0 and 1 scores are skewed, and the plain interval covers too little and leaves [0, 1]; there its half width h
-    becomes h / (m (1 - m)) around logit m (the delta method), which changes nothing where h is small.
+    level: coverage in (0, 1).  top: 1 for accuracies, math.inf for nats.
+    Returns (mean, low, high) in the units of scores.
+    Raises InputError for fewer than two finite scores, one below 0 or above top, or a level outside (0, 1).
+    Near 0 and 1 scores are skewed, and the plain interval covers too little and leaves [0, top]; so its half width h
+    becomes h / (m (1 - m)) around logit m, or h / m around log m (the delta method), which changes nothing where h is
+    small.
     Source: Student (1908); coverage checked by simulation in tests/test_evidence.py.
     """
     scores = np.asarray(scores, dtype=float)
@@ -28,11 +30,15 @@ def mean_interval(scores, level=0.95):
         raise InputError(
             f"an interval needs at least two finite scores and a level in (0, 1), got {scores.size} and {level}"
         )
+    if scores.min() < 0 or scores.max() > top:
+        raise InputError(f"scores must lie in [0, {top:g}], got {scores.min():g} to {scores.max():g}")
     mean, half = scores.mean(), stats.t.ppf((1 + level) / 2, scores.size - 1) * stats.sem(scores)
-    if scores.min() >= 0 and scores.max() <= 1 and half > 0:
-        half /= mean * (1 - mean)
-        return float(mean), float(expit(logit(mean) - half)), float(expit(logit(mean) + half))
-    return float(mean), float(mean - half), float(mean + half)
+    if half == 0:
+        return float(mean), float(mean), float(mean)
+    if top == np.inf:
+        return float(mean), float(mean * np.exp(-half / mean)), float(mean * np.exp(half / mean))
+    half /= mean * (1 - mean)
+    return float(mean), float(expit(logit(mean) - half)), float(expit(logit(mean) + half))
 
 
 def sample_interval(share, n, level=0.95):
@@ -119,7 +125,7 @@ def _finite(a, b, paired):
 
 
 def _no_spread(a, b, paired):
-    return np.ptp(a - b if paired else np.concatenate([a - a.mean(), b - b.mean()])) == 0
+    return np.ptp(a - b if paired else np.concatenate([a - a.mean(), b - b.mean()])) < 1e-9  # but for rounding
 
 
 def like_the_best(scores, best):

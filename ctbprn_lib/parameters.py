@@ -99,16 +99,22 @@ def _check_injected(source, known):
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise InputError(f"a parameter is a name and a value, got {source.removeprefix(INJECTED)!r}") from None
     for statement in statements:
-        if not (isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)):
+        targets = statement.targets if isinstance(statement, ast.Assign) else []  # of a = b = 1 there are two
+        if not (len(targets) == 1 and isinstance(targets[0], ast.Name)):
             raise InputError(f"a parameter is a name and a value, got {ast.unparse(statement)!r}")
-        name = statement.targets[0].id
+        name = targets[0].id
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise InputError(f"there is no parameter {name!r}{hint} The parameters are {', '.join(known)}")
         try:
             ast.literal_eval(statement.value)
-        except ValueError:  # papermill writes float('nan') too, which none of the parameters may be
+        except (
+            ValueError,
+            TypeError,
+            RecursionError,
+            MemoryError,
+        ):  # papermill writes float('nan') too, which none of the parameters may be
             raise InputError(f"{name} must be {KINDS[known[name]]}, got {ast.unparse(statement.value)!r}") from None
 
 

@@ -120,4 +120,7 @@ def render(notebook, study_name):
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python -m ctbprn_lib.publish EXECUTED_NOTEBOOK STUDY_NAME")
-    render(sys.argv[1], sys.argv[2])
+    try:
+        render(sys.argv[1], sys.argv[2])
+    except (InputError, OSError) as error:
+        sys.exit(str(error))

@@ -160,14 +160,17 @@ def open_study(name, storage="", *, task, space, budget, objective="val_ce", sam
 
 
 def load_study(name, storage=""):
-    """The study to read from.  Raises InputError if it is not there."""
+    """The study to read from.  Raises InputError if it is not there, or not one that open_study made."""
     url = storage_url(name, storage)
     if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
         raise InputError(f"there is no study {name!r} yet; notebooks/tune.ipynb makes one")
     try:
-        return optuna.load_study(study_name=name, storage=connect(url, reading=True), sampler=None)
+        study = optuna.load_study(study_name=name, storage=connect(url, reading=True), sampler=None)
     except KeyError:
         raise InputError(f"the storage has no study {name!r}") from None
+    if "fingerprint" not in study.user_attrs:
+        raise InputError(f"study {name!r} does not say what it asks; notebooks/tune.ipynb makes one that does")
+    return study
 
 
 def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", on_trial=None):
@@ -237,10 +240,14 @@ def scores(result, at=-1):
 
     A diverged replica counts as knowing nothing: ln C nats and 1/C.
     """
-    C, val_ce = result.model.config["n_classes"], result.curves["val_ce"][at]
-    ce = np.where(np.isfinite(val_ce), val_ce, math.log(C))
-    accuracy = np.where(np.isfinite(val_ce), result.curves["val_accuracy"][at], 1 / C)
-    return {"val_ce": float(ce.mean()), "val_accuracy": float(accuracy.mean())}
+    C = result.model.config["n_classes"]
+    return {k: float(or_chance(k, result.curves[k][at], C).mean()) for k in ("val_ce", "val_accuracy")}
+
+
+def or_chance(name, values, n_classes):
+    """(R,) scores, with what knowing nothing gives where a replica diverged (NaN or None)."""
+    values = np.array(values, dtype=float)
+    return np.where(np.isfinite(values), values, math.log(n_classes) if name.endswith("_ce") else 1 / n_classes)
 
 
 def trial_record(result):
@@ -262,35 +269,36 @@ def trial_record(result):
 
 
 def records(study):
-    """One row a trial, in the order of their numbers.
+    """One row a trial, in the order of their numbers.  Raises InputError if there is none.
 
     Columns: trial, state, val_accuracy and val_ce with _low and _high (95 % t interval over replicas), the space's
-    hyperparameters, the placebo, cost, provenance, and each replica's score as val_accuracy_0 and so on.
+    hyperparameters, the placebo, cost, provenance, and each replica's score as val_accuracy_0 and so on (that of
+    chance where it diverged).
     """
-    space = study.user_attrs["fingerprint"]["space"]
-    rows = []
+    asked, rows = study.user_attrs["fingerprint"], []
+    C = asked["task"].get("n_classes", 2)
     for trial in study.trials:
         kept = dict(trial.user_attrs)
         if trial.state == optuna.trial.TrialState.FAIL:  # how far it had come is no score
             kept = {name: value for name, value in kept.items() if name not in ("val_accuracy", "val_ce", "curves")}
-        row = {"trial": trial.number, "state": trial.state.name.lower()}
+        row, each = {"trial": trial.number, "state": trial.state.name.lower()}, {}
         curves = kept.get("curves", {})
-        for name, largest in (("val_accuracy", 1), ("val_ce", math.inf)):
-            last = np.array(curves.get(name, [[]])[-1], dtype=float)
-            enough = np.isfinite(last).sum() >= 2
+        for name, top in (("val_accuracy", 1), ("val_ce", math.inf)):
+            last = or_chance(name, curves.get(name, [[]])[-1], C)
+            each |= {f"{name}_{r}": value for r, value in enumerate(last)}
             row[name] = kept.get(name, math.nan)
-            ends = mean_interval(last)[1:] if enough else (math.nan, math.nan)
-            row[f"{name}_low"], row[f"{name}_high"] = np.clip(ends, 0, largest)  # where a score can be at all
-        row |= {name: trial.params.get(name, math.nan) for name in (*space, PLACEBO)}
+            ends = mean_interval(last, top=top)[1:] if last.size > 1 else (math.nan, math.nan)
+            row[f"{name}_low"], row[f"{name}_high"] = ends
+        row |= {name: trial.params.get(name, math.nan) for name in (*asked["space"], PLACEBO)}
         routed = np.array(curves.get("route_accuracy", [[math.nan]])[-1], dtype=float)
         row["route_accuracy"] = np.nanmean(routed) if np.isfinite(routed).any() else math.nan
         row["n_steps"] = kept.get("steps", [0])[-1]
         cost = ("n_diverged", "train_seconds", "step_time_ms", "peak_mem_mib", "n_parameters", "samples_seen")
         row |= {name: kept.get(name, math.nan) for name in cost}
         row |= {name: kept.get(name, "") for name in (*ORIGIN, "failure")}
-        for name in ("val_accuracy", "val_ce"):
-            row |= {f"{name}_{r}": value for r, value in enumerate(curves.get(name, [[]])[-1])}
-        rows.append(row)
+        rows.append(row | each)
+    if not rows:
+        raise InputError(f"study {study.study_name!r} has no trial yet; notebooks/tune.ipynb runs them")
     return pd.DataFrame(rows)
 
 

@@ -217,7 +217,8 @@ def fit(hyperparameters, task, budget=None, seed=0, device="auto", on_eval=None,
     training.start(hp, root)
     n_parameters = sum(p[0].numel() for p in training.parameters)
     result = Fit(hp, budget, training.model, str(device), precision, n_parameters)
-    eval_steps = np.unique(np.linspace(0, budget.n_steps, budget.n_evals + 1)[1:].astype(int)).tolist()
+    n_evals = min(budget.n_evals, budget.n_steps)
+    eval_steps = np.linspace(0, budget.n_steps, n_evals + 1)[1:].astype(int).tolist()
     of = dict(hyperparameters=asdict(hp), budget=asdict(budget), task=task.description, device=device.type,
               precision=precision, torch=torch.__version__, seed=[str(root.entropy), *root.spawn_key])  # fmt: skip
 

@@ -137,6 +137,7 @@ DAMAGES = {
     "a generator that is none": hostile(lambda about, tensors: tensors["draws"].fill_(255)),
     "curves of another length": hostile(lambda about, tensors: about["curves"].update(val_ce=[[1.0, 1.0]])),
     "curves of words": hostile(lambda about, tensors: about["curves"].update(val_ce=[["a", "b"]])),
+    "curves in a row": hostile(lambda about, tensors: about.update(curves=[[1.0, 1.0]])),
     "no curves": hostile(lambda about, tensors: about.pop("curves")),
     "steps beyond": hostile(lambda about, tensors: about.update(steps=[4, 8, 99])),
     "another step": hostile(lambda about, tensors: tensors["taken"].add_(1)),

@@ -1,17 +1,23 @@
 """Confirmation and ablation: fresh seeds, a plan that covers the space, and nothing trained twice."""
 
+import functools
 import json
 import math
+import os
+import signal
+import time
 
 import numpy as np
 import optuna
 import pytest
+import torch
 
 from ctbprn_lib import InputError, confirm, evidence, search, storage, tasks
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.scoring import score
 from ctbprn_lib.train import Budget, Hyperparameters, fit
 
+_train = confirm._train
 SMALL = {"lr": {"low": 1e-3, "high": 1e-2, "log": True}, "d": [4, 8], "rank": [2], "temperature": [1.0],
          "batch_size": [4], "seq_len": [4, 8]}  # fmt: skip
 
@@ -87,19 +93,26 @@ def test_the_best_is_measured_afresh_when_it_is_ablated(confirmation):
     assert records[confirmation.key(chosen)]["test_ce"] != records[confirmation.key(own)]["test_ce"]
 
 
-def test_records_of_another_precision_are_not_mixed_and_failures_are_tried_again(confirmation):
+def test_records_of_another_precision_are_not_mixed_and_failures_are_tried_again(confirmation, monkeypatch):
     run = confirm.Run("defaults", Hyperparameters(d=4, rank=2, batch_size=4, seq_len=8), 2)
-    for record in (
-        {"precision": "bf16", "device": "CPU"},
-        {"precision": "fp32", "device": "NVIDIA"},
-        {"failure": "oom"},
-    ):
-        attrs = record | {"key": confirmation.key(run), "mean_test_ce": -1.0}
-        confirmation.study.add_trial(optuna.create_trial(value=-1.0, user_attrs=attrs))
+    key, others = confirmation.key(run), []
+    for precision, device in (("bf16", "cpu"), ("fp32", "cuda")):
+        with monkeypatch.context() as patch:
+            patch.setattr(confirmation, "precision", precision)
+            patch.setattr(confirmation, "device", torch.device(device))
+            others.append(confirmation.key(run))
+    assert len({key, *others}) == 3
+    failed = dict(state=optuna.trial.TrialState.FAIL, user_attrs={"key": key, "failure": "oom"})
+    for other in others:
+        confirmation.study.add_trial(optuna.create_trial(value=-1.0, user_attrs={"key": other, "mean_test_ce": -1.0}))
+    confirmation.study.add_trial(optuna.create_trial(**failed))
     done = []
-    confirmation.train([run], lambda *words: done.append(words))
+    kept = confirmation.train([run], lambda *words: done.append(words))
     assert len(done) == 1
-    confirmation.train([run], lambda *words: pytest.fail("trained again"))
+    confirmation.study.add_trial(optuna.create_trial(**failed))  # by a worker beside this one
+    assert confirmation.train([run], lambda *words: pytest.fail("trained again")) == kept
+    confirmation.write_plan([run], 3, {}, None)
+    assert confirm.records("made")[0]["test_ce"].tolist() == kept[key]["test_ce"]
 
 
 def test_what_is_done_is_kept_and_only_the_rest_is_trained(confirmation, monkeypatch):
@@ -129,6 +142,32 @@ def test_workers_train_what_one_process_does(confirmation, monkeypatch):
     assert together == inline
 
 
+@pytest.mark.parametrize(("how", "raises"), [("error", RuntimeError), ("killed", InputError)])
+def test_one_run_that_fails_does_not_lose_those_that_are_done(confirmation, monkeypatch, how, raises):
+    """Of eight runs the second ends in an error of its own, or its process in a kill."""
+    runs = [confirm.Run(str(n), Hyperparameters(lr=n * 1e-3, d=4, rank=2, batch_size=4, seq_len=8), 2 + (n == 1))
+            for n in range(1, 9)]  # fmt: skip
+    monkeypatch.setattr(confirm, "_train", functools.partial(_train_or_fail, how))
+    monkeypatch.setattr(confirm.torch, "get_num_threads", lambda: 2)
+    with pytest.raises(raises, match="broken" if how == "error" else "ended from outside"):
+        confirmation.train(runs)
+    n_kept = len(confirmation.study.trials)
+    assert n_kept < 8 and (n_kept > 0 or how == "killed")
+    monkeypatch.undo()
+    done = []
+    confirmation.train(runs, lambda *words: done.append(words))
+    assert len(done) == 8 - n_kept
+
+
+def _train_or_fail(how, task, run, *words):
+    if run.role == "1":
+        time.sleep(1)
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("broken")
+    return _train(task, run, *words)
+
+
 def test_the_best_are_saved_with_weights_that_load_and_score_as_the_file_says(confirmation, small_task):
     runs = [confirm.Run(f"trial {d}", Hyperparameters(d=d, rank=2, batch_size=4, seq_len=8), 6) for d in (4, 8)]
     records = confirmation.train(runs)
@@ -138,9 +177,11 @@ def test_the_best_are_saved_with_weights_that_load_and_score_as_the_file_says(co
         content = json.loads((folder / f"{name}.json").read_text())
         assert content["role"] == best[name].role
         assert content[metric]["seeds"] == records[confirmation.key(best[name])][metric]
-        mean, low, high = evidence.mean_interval(content[metric]["seeds"])
+        mean, low, high = evidence.mean_interval(content[metric]["seeds"], top=1 if "acc" in metric else math.inf)
         assert (content[metric]["mean"], content[metric]["low"], content[metric]["high"]) == (mean, low, high)
         model = CTBPRN.load(folder / content["weights"]["file"])
+        val_ce = records[confirmation.key(best[name])]["val_ce"]
+        assert val_ce[content["weights"]["seed"]] == min(val_ce) and len(set(val_ce)) == 3
         scores = score(model, small_task, "test", 64, content["hyperparameters"]["seq_len"])
         assert scores[metric][0] == pytest.approx(content["weights"][metric], abs=1e-6)
     means = [np.mean(records[confirmation.key(run)]["test_ce"]) for run in runs]

@@ -42,6 +42,16 @@ def test_an_interval_stays_where_scores_can_be():
     assert (low, high) == (pytest.approx(mean - half, abs=1e-5), pytest.approx(mean + half, abs=1e-5))
 
 
+@pytest.mark.parametrize(("middle", "spread", "n"), [(1.0, 0.02, 2), (1.0, 0.02, 3), (1.0, 0.05, 4), (0.07, 0.25, 8)])
+def test_intervals_cover_cross_entropies_too(middle, spread, n):
+    """5,000 sets of CEs lognormal over seeds, around the chance of three classes and as ours are."""
+    rng = np.random.default_rng(n)
+    ces = middle * np.exp(spread * rng.normal(size=(5_000, n)) - spread**2 / 2)
+    hits = [low <= middle <= high for _, low, high in (evidence.mean_interval(c, top=np.inf) for c in ces)]
+    assert 0.93 < np.mean(hits) < 0.97
+    assert all(evidence.mean_interval(c, top=np.inf)[1] > 0 for c in ces)
+
+
 def test_equivalence_is_shown_by_small_differences_and_many_seeds_only():
     rng = np.random.default_rng(0)
     shown = {n: np.mean([evidence.equivalence(*rng.normal(0, 0.01, (2, n)), 0.01) < 0.05 for _ in range(300)])
@@ -53,6 +63,8 @@ def test_equivalence_is_shown_by_small_differences_and_many_seeds_only():
     assert np.mean(np.array(at_the_margin) < 0.05) == pytest.approx(0.05, abs=0.02)
     shared = rng.normal(0, 1, 8)
     assert evidence.equivalence(shared + rng.normal(0, 1e-3, 8), shared, 0.01, paired=True) < 0.001
+    for a, b, paired in (([26 / 40] * 3, [27 / 40] * 3, False), ([0.4, 0.7], [0.3, 0.6], True)):  # but for rounding
+        assert evidence.compare(a, b, paired).p_value == 1 == evidence.equivalence(a, b, 0.01, paired)
     assert evidence.equivalence([1, 1], [1, 1], 0.01) == 1 == evidence.equivalence([1, 1], [0.5, 0.5], 0.01)
 
 
@@ -132,10 +144,11 @@ def test_holm_is_between_the_raw_and_bonferroni():
 
 @pytest.mark.parametrize("call", [
     lambda: evidence.mean_interval([0.9]), lambda: evidence.mean_interval([0.9, np.nan]),
-    lambda: evidence.mean_interval([1, 2], 1), lambda: evidence.compare([1, 2], [1]),
+    lambda: evidence.mean_interval([0.1, 0.2], 1), lambda: evidence.mean_interval([1, 2]),
+    lambda: evidence.mean_interval([-1, 2], top=np.inf), lambda: evidence.compare([1, 2], [1]),
     lambda: evidence.compare([1, 2], [1, 2, 3], paired=True),
 ])  # fmt: skip
-def test_too_few_scores_are_refused(call):
+def test_scores_that_are_too_few_or_none_are_refused(call):
     with pytest.raises(InputError):
         call()
 

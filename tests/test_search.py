@@ -75,6 +75,17 @@ def test_the_record_has_every_replica_the_cost_and_where_it_came_from(reports, s
     assert set(SPACE) <= set(frame.columns)
 
 
+def test_a_replica_that_diverged_counts_as_chance_in_the_mean_and_in_its_interval(reports, small_task):
+    study = run(small_task, 1)
+    curves = study.trials[0].user_attrs["curves"] | {"val_ce": [[0.5, None]], "val_accuracy": [[0.75, None]]}
+    ours = study.trials[0].user_attrs | {"curves": curves, "val_ce": (0.5 + math.log(2)) / 2, "val_accuracy": 0.625}
+    study.add_trial(optuna.create_trial(value=ours["val_ce"], user_attrs=ours))
+    row = search.records(study).iloc[-1]
+    assert (row["val_accuracy_1"], row["val_ce_1"]) == (0.5, math.log(2))
+    assert row["val_accuracy_low"] < row["val_accuracy"] < row["val_accuracy_high"] < 1
+    assert 0 < row["val_ce_low"] < row["val_ce"] < row["val_ce_high"]
+
+
 @pytest.mark.parametrize("sampler", search.SAMPLERS)
 @pytest.mark.parametrize("pruner", search.PRUNERS)
 def test_every_sampler_runs_with_every_pruner(reports, small_task, sampler, pruner):
@@ -187,3 +198,12 @@ def test_a_study_that_is_not_there_is_named(reports):
     with pytest.raises(InputError, match="no study 'nothing'"):
         search.load_study("nothing")
     assert not list(reports.iterdir())
+
+
+def test_a_study_without_trials_or_of_another_kind_is_named(reports, small_task):
+    study = run(small_task, 0)
+    with pytest.raises(InputError, match="study 's' has no trial yet"):
+        search.records(study)
+    optuna.create_study(study_name="theirs", storage=study._storage)
+    with pytest.raises(InputError, match="study 'theirs' does not say what it asks"):
+        search.load_study("theirs", storage.storage_url("s"))

@@ -86,7 +86,7 @@ def shell():
     ["ran=ran+[1];seed", "seed=ran.append(1);seed", "seed=1\nran.append(1)\nseed", "!touch ran #", "ran.append(1) #",
      "%time ran.append(1) #", "seed=1 if ran.append(1) else 2 #", "import os;seed", "seed: ran.append(1)", "seed, seed",
      "ran[0]", "parameters", "__builtins__", "seed=(lambda: ran.append(1))();seed", "seed=f'{ran.append(1)}';seed",
-     "se\0ed", "seed=" + "(" * 9999],
+     "se\0ed", "seed=" + "(" * 9999, "seed=[ran.append(1)][0]", "seed=zzz", "seed={[]: 1};seed"],
 )  # fmt: skip
 def test_a_parameter_that_is_code_is_refused_before_it_runs(shell, name, capsys):
     result = shell.run_cell(PythonTranslator.codify({name: 1}))

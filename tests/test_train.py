@@ -152,6 +152,14 @@ def test_a_diverged_replica_is_recorded_with_its_step_and_harms_no_neighbour(sma
     np.testing.assert_allclose(poisoned.val_ce[[0, 2]], clean.val_ce[[0, 2]], rtol=1e-5)
 
 
+def test_a_last_update_that_breaks_a_replica_is_seen_in_its_score(small_task, monkeypatch):
+    """One step: its loss is finite, and the weights that it leaves are not."""
+    monkeypatch.setattr(train, "rates", lambda schedule, lr, n_steps: torch.full((n_steps,), 3e38))
+    broken = fit(HP, small_task, Budget(1, 2, n_evals=3, n_validation=16), 0)
+    assert broken.steps == [1] and broken.diverged_at == [1, 1]
+    assert np.isfinite(broken.curves["train_ce"]).sum() == 0 == np.isfinite(broken.val_ce).sum()
+
+
 def test_each_replica_is_clipped_by_its_own_norm():
     a, b = (torch.nn.Parameter(torch.zeros(2, n)) for n in (3, 4))
     a.grad, b.grad = torch.tensor([[3.0] * 3, [0.1] * 3]), torch.tensor([[3.0] * 4, [0.1] * 4])
@@ -193,8 +201,12 @@ def test_peak_memory_grows_with_the_batch(small_task):
 
 
 def test_route_shares_are_rows_of_shares(small_task, array_task):
-    shares, rows = scoring.route_shares(train.untrained(HP, small_task, 2)[0], small_task, 300)
+    model = train.untrained(HP, small_task, 2)[0]
+    shares, rows = scoring.route_shares(model, small_task, 300)
     assert rows == small_task.area_names and shares.sum(1) == pytest.approx([1, 1])
+    with torch.no_grad():
+        model.layers[0].b2[:, 0], model.layers[-1].b2[:, 1] = 1e6, 1e6  # the last layer's router is asked
+    assert scoring.route_shares(model, small_task, 300)[0].tolist() == [[0, 1], [0, 1]]
     hp = dataclasses.replace(HP, seq_len=6)
     shares, rows = scoring.route_shares(train.untrained(hp, array_task, 2)[0], array_task)
     assert rows == ("a", "b", "c") and shares.sum(1) == pytest.approx([1, 1, 1])
