@@ -107,14 +107,9 @@ def _check_injected(source, known):
             near = difflib.get_close_matches(name, known, 1, 0.5)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise InputError(f"there is no parameter {name!r}{hint} The parameters are {', '.join(known)}")
-        try:
+        try:  # (papermill writes float('nan') too, which none of the parameters may be)
             ast.literal_eval(statement.value)
-        except (
-            ValueError,
-            TypeError,
-            RecursionError,
-            MemoryError,
-        ):  # papermill writes float('nan') too, which none of the parameters may be
+        except (ValueError, TypeError, RecursionError, MemoryError):
             raise InputError(f"{name} must be {KINDS[known[name]]}, got {ast.unparse(statement.value)!r}") from None
 
 
