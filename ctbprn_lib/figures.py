@@ -9,6 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from ctbprn_lib import files
+from ctbprn_lib.search import PLACEBO
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#777777",
@@ -22,6 +23,8 @@ LABELS = {
     "batch_size": "batch size (samples)",
     "seq_len": "sequence length (tokens)",
     "n_layers": "layers",
+    "n_steps": "length of training (steps)",
+    "batch_size, equal samples": "batch size at equal samples",
     "val_ce": "validation CE (nats)",
     "val_accuracy": "validation accuracy (%)",
     "test_accuracy": "test accuracy (%)",
@@ -53,7 +56,8 @@ def scatter(ax, trials, x, y, color=BLUE, label=None, annotate=True):
     if x == "lr":
         _log_axis(ax)
     if annotate:
-        _numbers(ax, trials["trial"], xs, ys)
+        best = ys if y.endswith("accuracy") else -ys
+        _numbers(ax, trials["trial"], xs, ys, best if len(ys) > 6 else None)
     return ax
 
 
@@ -104,57 +108,59 @@ def slice_of(ax, trials, name, score, levels=None):
 
 
 def importance(ax, table):
-    """Shares of evidence.importance as bars with intervals; what does not beat the placebo is pale."""
+    """Shares of evidence.importance as bars with intervals; the placebo is grey, and pale what does not beat it."""
     table = table.iloc[::-1]
-    colors = [BLUE if beats else SKY for beats in table["beats_placebo"]]
+    beats = zip(table["name"], table["beats_placebo"], strict=True)
+    colors = [GREY if name == PLACEBO else BLUE if better else SKY for name, better in beats]
     bars = 100 * np.abs([table["importance"] - table["low"], table["high"] - table["importance"]]).astype(float)
     names = [LABELS.get(n, n).split(" (")[0] for n in table["name"]]
-    ax.barh(names, 100 * table["importance"].astype(float), xerr=bars, color=colors, ecolor=GREY, capsize=3)
+    ax.barh(names, 100 * table["importance"].astype(float), xerr=bars, color=colors, ecolor="black", capsize=3)
     ax.set(xlabel="share of the importance (%)")
     ax.grid(axis="y", visible=False)
     return ax
 
 
-def ablation(ax, panel, own, title):
-    """Accuracy of each level (DataFrame of level, mean, low, high) with its interval; own marks the base's level."""
+def ablation(ax, panel, own, factor):
+    """Accuracy of each level (DataFrame of level, mean, low, high) with its interval; a ring around the level own."""
     at = np.arange(len(panel))
     bars = 100 * np.array([panel["mean"] - panel["low"], panel["high"] - panel["mean"]])
     ax.errorbar(at, 100 * panel["mean"], yerr=bars, fmt="o", ms=5, lw=1, color=BLUE)
     mine = panel["level"].to_numpy() == own
-    ax.plot(at[mine], 100 * panel["mean"][mine], "o", ms=8, color=RED)
+    ax.plot(at[mine], 100 * panel["mean"][mine], "o", ms=11, mfc="none", mec=RED, mew=2)
     ax.set_xticks(
         at,
         [f"{level:.3g}" if level < 1000 else f"{level:,.0f}" for level in panel["level"]],
         rotation=45 if len(panel) > 5 else 0,
     )
-    ax.set(xlabel=title, xlim=(-0.5, len(panel) - 0.5))
+    ax.set(xlabel=LABELS[factor], xlim=(-0.5, len(panel) - 0.5))
     return ax
 
 
 def parallel_coordinates(ax, trials, names, score):
     """One line a trial over the hyperparameters in names, each axis from its lowest to its highest value.
 
-    lr is on a logarithmic axis; the colour is the score, and good trials are drawn last.
+    lr is on a logarithmic axis; the colour is the rank by the score (1 is best), and good trials are drawn last.
     """
     values = trials[names].astype(float).to_numpy()
     positions = np.where(np.array(names) == "lr", np.log10(np.maximum(values, 1e-300)), values)
     low, high = positions.min(0), positions.max(0)
     positions = np.where(high > low, (positions - low) / np.where(high > low, high - low, 1), 0.5)
-    good = _scaled(trials, score)
-    colors = mpl.cm.ScalarMappable(mpl.colors.Normalize(good.min(), good.max()), "cividis")
-    order = np.argsort(good)
-    for i in order if score.endswith("accuracy") else order[::-1]:
-        ax.plot(range(len(names)), positions[i], color=colors.to_rgba(good[i]), lw=1.5, alpha=0.85)
+    order = trials[score].rank(method="first", ascending=not score.endswith("accuracy")).to_numpy()
+    colors = mpl.cm.ScalarMappable(mpl.colors.Normalize(1, max(len(trials), 2)), "cividis")
+    for i in np.argsort(-order):
+        ax.plot(range(len(names)), positions[i], color=colors.to_rgba(order[i]), lw=1.5, alpha=0.85)
     for k, _name in enumerate(names):
         for edge, at, up in ((values[:, k].min(), 0, "top"), (values[:, k].max(), 1, "bottom")):
             ax.annotate(f"{edge:.2g}" if edge < 10 else f"{edge:.0f}", (k, at), xytext=(0, 4 if at else -4),
                         textcoords="offset points", ha="center", va=up, fontsize=9)  # fmt: skip
     ax.set_xticks(range(len(names)), [LABELS[n].split(" (")[0].replace(" ", "\n", 1) for n in names])
     ax.tick_params(axis="x", pad=16, length=0)
-    ax.set(yticks=[], ylim=(-0.02, 1.1))
+    ax.set(yticks=[], xlim=(-0.4, len(names) - 0.6), ylim=(-0.02, 1.1))
     ax.spines["left"].set_visible(False)
     ax.spines["bottom"].set_visible(False)
-    ax.figure.colorbar(colors, ax=ax, label=LABELS[score])
+    bar = ax.figure.colorbar(colors, ax=ax, label=f"rank by {LABELS[score].split(' (')[0]}, 1 is best")
+    bar.ax.yaxis.get_major_locator().set_params(integer=True)
+    bar.ax.invert_yaxis()
     return ax
 
 
@@ -162,9 +168,10 @@ def cost_and_accuracy(ax, trials, front, cost="train_seconds"):
     """Accuracy against a cost column; front (n,) True marks the trials no other beats in both."""
     scatter(ax, trials[~front], cost, "val_accuracy", SKY, "beaten in both", annotate=False)
     best = trials[front].sort_values(cost)
-    scatter(ax, best, cost, "val_accuracy", RED, "Pareto front")
+    scatter(ax, best, cost, "val_accuracy", RED, "Pareto front", annotate=False)
     ax.step(best[cost], 100 * best["val_accuracy"], where="post", color=RED, lw=1)
     _log_axis(ax)
+    _numbers(ax, best["trial"], best[cost].to_numpy(), 100 * best["val_accuracy"].to_numpy())
     ax.legend(fontsize=9, loc="lower right")
     return ax
 
@@ -204,7 +211,7 @@ def layer(ax, K):
     box(5.9, 2.6, 2.2, 1.2, "thalamic router\n$M=\\sum_k\\alpha_k X_kV_kU_k^\\top$", GREEN)
     box(5.9, 0.3, 2.2, 1.3, "column of each area\nbasal $b$, apical $a$", PURPLE)
     box(9.0, 0.3, 1.2, 1.3, f"new\n$X_1 … X_{K}$", SKY)
-    arrow((1.0, 2.5), (2.6, 4.9), "mean over tokens", (-0.75, 0.35), -0.2)
+    arrow((1.0, 2.5), (2.6, 4.9), "mean\nover tokens", (-1.05, 0.55), -0.2)
     arrow((5.4, 4.9), (7.0, 3.9), "gate $\\alpha$ = softmax$((\\ell+g)/\\tau)$", (1.35, 0.25), -0.2)
     arrow((1.8, 2.0), (5.8, 3.1), "every area", (-0.2, 0.2))
     arrow((7.0, 2.5), (7.0, 1.7), "one message $M$ for all", (1.45, -0.1))
@@ -289,14 +296,32 @@ def _log_axis(ax):
     ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
 
 
-def _numbers(ax, numbers, xs, ys):
-    """The trial's number beside each point, as long as it does not run into one already there."""
-    taken = []
-    for number, at in zip(numbers, zip(xs, ys, strict=True), strict=True):
-        place = ax.transData.transform(at)
-        if all(np.abs(place - other)[0] > 18 or np.abs(place - other)[1] > 12 for other in taken):
-            ax.annotate(str(number), at, xytext=(4, 4), textcoords="offset points", fontsize=8, color=GREY)
-            taken.append(place)
+# Where a number may stand, in points from its point: beside it, or out of a crowd at the end of a line.
+BESIDE = [(9, 9), (9, -9), (-9, 9), (-9, -9)]
+AWAY = [(r * dx, r * dy) for r in (24, 36, 48, 60) for dx, dy in ((-1, -1), (1, 1), (1, -1), (-1, 1), (0, -1), (-1, 0))]
+
+
+def _numbers(ax, numbers, xs, ys, best=None, n_best=3):
+    """The trial's number beside a point, as far as there is room; with best (n,), larger is better, few of them:
+    those of the n_best, out of the crowd that they may stand in, and of points that stand alone."""
+    ax.figure.draw_without_rendering()  # or the axes have not their sizes yet
+    scale = 72 / ax.figure.dpi  # pixels to points
+    own = scale * ax.transData.transform(np.column_stack([xs, ys]))
+    drawn = [scale * ax.transData.transform(container[0].get_xydata()) for container in ax.containers]
+    taken, (low, high) = np.concatenate([own, *drawn]), scale * ax.get_window_extent().get_points()
+    order = range(len(own)) if best is None else np.argsort(-np.asarray(best), kind="stable")
+    for place, i in enumerate(order):
+        others = taken[(taken != own[i]).any(1)]
+        beside = best is None or (abs(others - own[i]) > 24).any(1).all()
+        for offset in BESIDE if beside else AWAY if place < n_best else ():
+            at = own[i] + offset
+            if (abs(others - at) > (12, 9)).any(1).all() and (at > low).all() and (at < high).all():
+                line = None if beside else {"arrowstyle": "-", "color": GREY, "lw": 0.8}
+                ax.annotate(str(list(numbers)[i]), (xs[i], ys[i]), offset, textcoords="offset points", fontsize=9,
+                            ha="center", va="center", arrowprops=line, zorder=5,
+                            bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5})  # fmt: skip
+                taken = np.vstack([taken, at])
+                break
 
 
 def _scaled(trials, name):

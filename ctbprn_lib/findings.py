@@ -6,13 +6,14 @@ import math
 import pandas as pd
 import yaml
 
-from ctbprn_lib import confirm, evidence, files, memory, published, search, storage, tasks, verdicts
+from ctbprn_lib import confirm, evidence, files, memory, published, storage, verdicts
 from ctbprn_lib.report import NAMES, Report, escape, nats, percent, sections, span, table, value
 from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO
-from ctbprn_lib.verdicts import BEST, LEVEL, REFUTED, SAME, SUPPORTED, TRIAL_2, UNDECIDED, Contrast, effect
+from ctbprn_lib.verdicts import BEST, BETTER, LEVEL, SAME, TRIAL_2, UNDECIDED, WORSE, Contrast, effect
 
-FACTORS = NAMES | {"batch_size, equal samples": "Batch size at equal samples", "n_steps": "Length of training"}
-GOAL = {"test_accuracy": 0.995, "test_ce": 0.02}  # on the routing task
+EQUAL_SAMPLES = "batch_size, equal samples"
+FACTORS = NAMES | {EQUAL_SAMPLES: "Batch size at equal samples", "n_steps": "Length of training"}
+GOAL = {"test_accuracy": 0.995, "test_ce": 0.02}  # this project's, on the routing task
 
 
 def load(study_name, storage=""):
@@ -28,8 +29,7 @@ class ConfirmedReport(Report):
 
     def __init__(self, study_name, storage, runs, about):
         super().__init__(study_name, storage)
-        self.runs, self.about = runs, about
-        self.baselines = about["baselines"]
+        self.runs, self.about, self.baselines = runs, about, about["baselines"]
         self.evidence = verdicts.Evidence(runs, self._n_test())
         self.best = {"test_accuracy": self.evidence.best_accuracy, "test_ce": self.evidence.best_ce}
         self.is_original_task = self.task["task"] == "routing" and self.task["n_tokens"] == 128
@@ -59,50 +59,52 @@ class ConfirmedReport(Report):
                      f"- **Test CE**: {self._score(role, 'test_ce')}"]  # fmt: skip
             lines += [f"- **{NAMES[n]}**: {value(n, self._value(role, n))}" for n in self.names]
             parts.append("\n".join(lines))
-        files = "The networks: `best_accuracy.safetensors` and `best_ce.safetensors`, with `.json` beside them."
-        return "\n\n".join([*parts, files])
+        parts.append("The networks: `best_accuracy.safetensors` and `best_ce.safetensors`, with `.json` beside them.")
+        return "\n\n".join(parts)
 
     def confirmed_results(self):
         """A table of all confirmed configurations: test scores beside tuning scores."""
         tuned = self.trials.set_index("trial")
-        header = ["Configuration", "Test accuracy (%)", "Test CE (nats)", "Routed to the true area (%)",
+        header = ["Configuration", "Test accuracy (%)", "Test CE (nats)", "Routed to the true area (%; its range)",
                   "Tuning accuracy (%)", "Tuning CE (nats)", *(NAMES[name] for name in self.names)]  # fmt: skip
         rows = []
         for role in self.evidence.roles:
-            routed, then = self.evidence.group("", "role", role)["route_accuracy"].mean(), ["–", "–"]
+            routed, then = 100 * self.evidence.group("", "role", role)["route_accuracy"], ["–", "–"]
+            routed = f"{routed.mean():.1f} ({routed.min():.1f} to {routed.max():.1f})" if routed.mean() >= 0 else "–"
             if role.startswith("trial "):
                 row = tuned.loc[int(role.removeprefix("trial "))]
                 then = [f"{100 * row['val_accuracy']:.1f}", f"{row['val_ce']:.3f}"]
             scores = [self._score(role, name).replace(" %", "").replace(" nats", "") for name in self.best]
             settings = [value(name, self._value(role, name)) for name in self.names]
-            rows.append([role, *scores, f"{100 * routed:.1f}" if routed >= 0 else "–", *then, *settings])
+            rows.append([role, *scores, routed, *then, *settings])
         return table(header, rows)
 
     def ablation(self):
         """What each level costs or gains against the configuration it was moved from, a table a hyperparameter."""
-        words = {SUPPORTED: "better", REFUTED: "worse", SAME: "the same within one point", UNDECIDED: UNDECIDED}
         parts = []
         for base, factor in self.evidence.ablated():
-            rows = [
-                [self._level(factor, level), effect(points), effect(ce), words[points["verdict"]]]
-                for level, (points, ce) in self.evidence.moved(base, factor).items()
-            ]
+            moved = self.evidence.moved(base, factor).items()
+            rows = [[self._level(factor, x), effect(p), effect(ce), p["verdict"]] for x, (p, ce) in moved]
             own = self._level(factor, self.evidence.own_level(base, factor))
             header = ["Level", "Accuracy", "CE", "Verdict on accuracy"]
-            parts.append(f"**{FACTORS[factor]}**{self._where(base)}, against {own}:\n\n{table(header, rows)}")
+            how = self._steps(base) if factor == EQUAL_SAMPLES else ""
+            parts.append(f"**{FACTORS[factor]}**{self._where(base)}, against {own}{how}:\n\n{table(header, rows)}")
         return "\n\n".join(parts)
 
     def claims(self):
         if self.claims_table is None:
             return "The original's claims are about the routing task; they are tested in its report."
         counts = self.claims_table["verdict"].value_counts()
-        order = (SUPPORTED, REFUTED, SAME, UNDECIDED, verdicts.NOT_TESTED)
-        said = ", ".join(f"{counts[word]} {word}" for word in order if word in counts)
+        order = (verdicts.SUPPORTED, verdicts.REFUTED, SAME, UNDECIDED, verdicts.NOT_TESTED)
+        said = ", ".join(f"{counts[word]} {word}" for word in order if word in counts) + "."
+        supported = self.claims_table.loc[self.claims_table["verdict"] == verdicts.SUPPORTED, "claim"]
+        if shared := self.evidence.shared(set(supported)):
+            said += f" {shared} of those supported rest on the same comparisons."
         rows = [
             [f"“{claim}”", decided_by, f"**{verdict}**" + f": {detail}" * bool(detail)]
             for claim, decided_by, verdict, detail in self.claims_table.itertuples(index=False)
         ]
-        return f"Of {len(rows)} claims: {said}.\n\n" + table(["Claim", "Decided by", "Verdict"], rows)
+        return f"Of {len(rows)} claims: {said}\n\n" + table(["Claim", "Decided by", "Verdict"], rows)
 
     def key_findings(self):
         e = self.evidence
@@ -112,21 +114,21 @@ class ConfirmedReport(Report):
             for score, title in (("test_accuracy", "Best accuracy"), ("test_ce", "Best CE"))
         ]
         for test in e.of(Contrast("", "role", (TRIAL_2,), (BEST,))):
-            word = {SUPPORTED: "better", REFUTED: "worse", SAME: "the same within one point"}
             scores = percent(evidence.mean_interval(e.again(TRIAL_2)["test_accuracy"]))
+            word = test["verdict"].replace(UNDECIDED, "not told apart")
             findings.append(
-                f"**The published best settings (trial 2), trained and scored the same way**, reach {scores}: "
-                f"{word.get(test['verdict'], 'not told apart')} beside {e.base} ({effect(test)}, both with seeds that "
-                "did not choose the best)."
+                f"**The published best settings (trial 2), trained and scored the same way**, reach {scores}: {word} "
+                f"beside {e.base} ({effect(test)}, both with seeds that did not choose the best)."
             )
         findings += [self._against_rule(), self._winners_curse(), self._goal()]
         undecided = []
         for base, factor in e.ablated():
-            decided = [p for p, _ in self.evidence.moved(base, factor).values() if p["verdict"] in (SUPPORTED, REFUTED)]
+            decided = [p for p, _ in e.moved(base, factor).values() if p["verdict"] in (BETTER, WORSE)]
             if base == e.base and decided:
                 own = self._level(factor, e.own_level(base, factor))
                 said = "; ".join(f"{self._level(factor, float(p['a']))}: {effect(p)}" for p in decided)
-                findings.append(f"**{FACTORS[factor]} matters.** Against {own}, {said}.")
+                also = self._equal_samples() if factor == "batch_size" else ""
+                findings.append(f"**{FACTORS[factor]} matters.** Against {own}, {said}.{also}")
             elif base == e.base:
                 undecided.append(FACTORS[factor])
         if undecided:
@@ -143,7 +145,7 @@ class ConfirmedReport(Report):
             own = e.own_level(e.base, factor)
             smaller = [pair for level, pair in self.evidence.moved(e.base, factor).items() if level < own]
             good = [points for points, ce in smaller
-                    if points["verdict"] in (SAME, SUPPORTED) and ce["verdict"] != REFUTED]  # fmt: skip
+                    if points["verdict"] in (SAME, BETTER) and ce["verdict"] != WORSE]  # fmt: skip
             if good:
                 production.append(f"{FACTORS[factor]} {good[0]['a']} instead of {own:g} costs less: {effect(good[0])}.")
         further = [
@@ -151,42 +153,28 @@ class ConfirmedReport(Report):
             for name, entry in self.next_space.items()
             if entry != self.space[name]
         ] or ["No range is changed by this evidence."]
-        further += [self._longer()] * bool(self._longer())
-        further.append("`next_space.yaml` is this space; `-p space` of tune.ipynb takes it.")
-        tuned = self.complete["peak_mem_mib"]
-        cost = [
-            f"Peak memory of the complete trials ran from {tuned.min():.0f} to {tuned.max():.0f} MiB for "
-            f"{self.budget['n_replicas']} replicas trained together."
-        ]
-        if rule := self.memory:
-            cost.append(
-                f"It follows {rule.per_activation:.1f} A + {rule.per_parameter:.1f} W + {rule.per_input:.1f} I + "
-                f"{rule.constant:.0f} MiB, with A = 4 R B K T d L bytes, W = 4 R bytes a parameter, I = 4 R B K T F "
-                f"bytes; it misses a shape that it was not fitted to by {100 * rule.error:.0f} % (median; "
-                f"{len(self.memory_table)} runs)."
-            )
-        if largest := self.about["largest_batch"]:
-            cost.append(
-                f"One replica of {role} trained with a batch of {largest['batch_size']:,} in the "
-                f"{largest['free_mib']:,} MiB that were free"
-                + (", and not with twice as much." if largest["tried_twice"] else "; more was not tried.")
-            )
-        return sections(production, further, cost)
+        next_space = f"`next_space.yaml` is this space; `-p space` of tune.ipynb takes it. {verdicts.NEXT_RULE}"
+        further += filter(None, [self._longer(), next_space])
+        cost = memory.considerations(self.memory, self.memory_table, role, self.about["largest_batch"])
+        return sections(production, further, [memory.peak(self.complete, self.budget["n_replicas"]), *cost])
 
     def undecided(self):
         e, lines = self.evidence, []
         for base, factor in e.ablated():
-            open_ones = [p for p, _ in self.evidence.moved(base, factor).values() if p["verdict"] == UNDECIDED]
-            if open_ones:
-                levels = ", ".join(self._level(factor, float(p["a"])) for p in open_ones)
+            pairs = [pair for pair in e.moved(base, factor).values() if pair[0]["verdict"] == UNDECIDED]
+            if pairs:
+                levels = [(self._level(factor, float(points["a"])), ce["verdict"]) for points, ce in pairs]
+                said = ", ".join(x + f" (its CE is {word})" * (word != UNDECIDED) for x, word in levels)
+                seeds = e.seeds_needed([points for points, _ in pairs])
                 lines.append(
-                    f"{FACTORS[factor]}{self._where(base)}: {levels}. If the effects are what they look like, about "
-                    f"{e.seeds_needed(open_ones)} seeds a level would decide it in 80 % of reports."
+                    f"{FACTORS[factor]}{self._where(base)}: {said}. If the effects are what they look like, about "
+                    f"{seeds} seeds a level would decide it in 80 % of reports."
                 )
         if self.claims_table is not None:
             still = self.claims_table[self.claims_table["verdict"].isin([UNDECIDED, verdicts.NOT_TESTED])]
             lines += [f"“{row['claim']}”: {row['verdict']}." for _, row in still.iterrows()]
-        return "\n".join(f"- {line}" for line in lines) or "- Nothing that was asked."
+        listed = "\n".join(f"- {line}" for line in lines) or "- Nothing that was asked."
+        return f"Levels are listed whose accuracy is undecided; where their CE is not, it is said.\n\n{listed}"
 
     def measured(self):
         e, t = self.evidence, self.evidence.tests
@@ -279,9 +267,8 @@ class ConfirmedReport(Report):
         t = self.evidence.tests
         others = t[(t["kind"] == "confirmed") & (t["score"] == score)]
         same = others.loc[others["p_holm"] >= LEVEL, "a"]
-        return f"{len(same)} of the {len(others)} other confirmed configurations cannot be told from it by " + (
-            ("accuracy" if score == "test_accuracy" else "CE") + (f" ({', '.join(same)})." if len(same) else ".")
-        )
+        by = ("accuracy" if score == "test_accuracy" else "CE") + f" ({', '.join(same)})" * bool(len(same))
+        return f"{len(same)} of the {len(others)} other confirmed configurations cannot be told from it by {by}."
 
     def _against_rule(self):
         if "linear rule" not in self.baselines:
@@ -311,9 +298,23 @@ class ConfirmedReport(Report):
         points, ce = GOAL["test_accuracy"] - reached["test_accuracy"], reached["test_ce"] - GOAL["test_ce"]
         missed = {f"accuracy by {100 * points:.1f} points": points, f"CE by {ce:.3f} nats": ce}
         missed = [what for what, gap in missed.items() if gap > 0]
-        goal = f"The goal of {100 * GOAL['test_accuracy']:.1f} % and {GOAL['test_ce']} nats"
-        said = f"**{goal} is {'missed' if missed else 'reached'}**: {' and '.join(missed) or 'both'}."
-        return f"{said} {self._longer()}".rstrip()
+        goal = f"This project's goal of {100 * GOAL['test_accuracy']:.1f} % and {GOAL['test_ce']} nats is"
+        word, what = "missed" if missed else "reached", " and ".join(missed) or "both"
+        return f"**{goal} {word}**: {what}. {self._longer()}".rstrip()
+
+    def _steps(self, base):
+        """For how many steps each batch size is trained where all see equally many samples."""
+        sizes = self.evidence.levels(base, EQUAL_SAMPLES)
+        steps = [f"{self.evidence.group(base, EQUAL_SAMPLES, size)['n_steps'][0]:,} at {size:g}" for size in sizes]
+        return f" (as many steps as let each see equally many samples: {', '.join(steps)})"
+
+    def _equal_samples(self):
+        """What the batch size does where all see equally many samples."""
+        e = self.evidence
+        found = [points for points, _ in e.moved(e.base, EQUAL_SAMPLES).values()]
+        said = "; ".join(f"{p['a']} is {p['verdict']} ({effect(p)})" for p in found)
+        said = said if {p["verdict"] for p in found} - {UNDECIDED} else "nothing is decided"
+        return f" A smaller batch sees fewer samples in equally many steps; at equal samples {said}."
 
     def _longer(self):
         """What the longest training does, if that is decided."""
@@ -346,7 +347,6 @@ class ConfirmedReport(Report):
             one, two = (published.scores_of_seeds(folder / f"trial_{n}_seeds.csv") for n in (1, 2))
             found |= verdicts.from_reproduction(one, two, published.TABLE.loc[2, "val_accuracy"])
         if self.memory and self.about["largest_batch"]:
-            mine = memory.predicted(self.memory, published.hyperparameters(2), self.task)
-            need = memory.over_space(self.memory, search.default_space(tasks.RoutingTask()), self.task)
-            found |= verdicts.from_memory(mine, need, self.about["largest_batch"])
+            on_gpu = not pd.concat([self.complete["device"], self.runs["device"]]).str.startswith("CPU").any()
+            found |= memory.claims(self.memory, self.task, self.about["largest_batch"], on_gpu)
         return found

@@ -12,13 +12,15 @@ import pandas as pd
 import torch
 from scipy import optimize
 
-from ctbprn_lib import InputError
+from ctbprn_lib import InputError, published
 from ctbprn_lib.confirm import pool
 from ctbprn_lib.device import out_of_memory, resolve_device
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.scoring import cross_entropy
-from ctbprn_lib.search import hyperparameters
+from ctbprn_lib.search import default_space, hyperparameters
+from ctbprn_lib.tasks import RoutingTask
 from ctbprn_lib.train import Hyperparameters, gumbel_noise, untrained
+from ctbprn_lib.verdicts import LARGER_BATCH, LITTLE_MEMORY, REFUTED, SUPPORTED, UNDECIDED
 
 MOST = 2**16  # samples: nobody trains with more
 SIZES = ["A_mib", "W_mib", "I_mib"]
@@ -90,6 +92,60 @@ def over_space(rule, space, task):
     levels = {name: space[name] for name in ("d", "rank", "batch_size", "seq_len")}
     shapes = (dict(zip(levels, shape, strict=True)) for shape in itertools.product(*levels.values()))
     return np.array([predicted(rule, Hyperparameters(**shape), task) for shape in shapes])
+
+
+def claims(rule, task, largest, on_gpu):
+    """{claim: (verdict, detail)} for the two claims about GPU memory, which nothing but a GPU decides.
+
+    largest: what largest_batch found; on_gpu: whether that and the rule are of a GPU's memory.
+    """
+    mine = predicted(rule, published.hyperparameters(2), task)
+    need = over_space(rule, default_space(RoutingTask()), task)
+    less, size = float((need < mine).mean()), largest["batch_size"]
+    little = (
+        f"trial 2 needs {mine:.0f} MiB a replica by the fitted rule, and {100 * less:.0f} % of the {len(need)} shapes "
+        f"of the search space need less (down to {need.min():.0f} MiB)"
+    )
+    larger = f"a batch of {size:,} trains in {largest['free_mib']:,} MiB"
+    if not on_gpu:
+        said = "no GPU here, and one would decide it; in main memory"
+        return {LITTLE_MEMORY: (UNDECIDED, f"{said} {little}"), LARGER_BATCH: (UNDECIDED, f"{said} {larger}")}
+    return {LITTLE_MEMORY: (REFUTED if less > 0 else SUPPORTED, little + ": little, but not the least" * (less > 0)),
+            LARGER_BATCH: (SUPPORTED if size > 32 else REFUTED, larger)}  # fmt: skip
+
+
+def peak(trials, n_replicas):
+    """What these complete trials took at their peak, and on a CPU what that figure is, for people to read."""
+    least, most = trials["peak_mem_mib"].min(), trials["peak_mem_mib"].max()
+    said = f"Peak memory of {n_replicas} replicas trained together ran from {least:.0f} to {most:.0f} MiB."
+    if trials["device"].str.startswith("CPU").any():
+        said += " On a CPU that is how far the process's peak grew, what its allocator keeps for later included."
+    return said
+
+
+def considerations(rule, table, role, largest):
+    """The lines of a report on the fitted rule (None without one), the table it was fitted to, and the largest batch.
+
+    table: measured's with predicted_mib; role: whose batch the largest (largest_batch's; None without one) is.
+    """
+    lines = []
+    if rule:
+        miss = abs(table["predicted_mib"] / table["measured_mib"] - 1)
+        n_shapes = len(table.drop_duplicates(["n_replicas", "d", "rank", "batch_size", "seq_len"]))
+        lines.append(
+            f"It roughly follows {rule.per_activation:.1f} A + {rule.per_parameter:.1f} W + {rule.per_input:.1f} I + "
+            f"{rule.constant:.0f} MiB, with A = 4 R B K T d L bytes, W = 4 R bytes a parameter, I = 4 R B K T "
+            "F bytes (R replicas, B batch size, K areas, T sequence length, d width, L layers, F features). Over the "
+            f"{len(table)} measured runs of {n_shapes} shapes it misses by {100 * miss.median():.0f} % (median) and "
+            f"{100 * miss.max():.0f} % (worst), a shape that it was not fitted to by {100 * rule.error:.0f} % (median)."
+        )
+    if largest:
+        lines.append(
+            f"One replica of {role} trained with a batch of {largest['batch_size']:,} in the "
+            f"{largest['free_mib']:,} MiB that were free"
+            + (", and not with twice as much." if largest["tried_twice"] else "; more was not tried.")
+        )
+    return lines
 
 
 def largest_batch(hp, task, device="auto"):

@@ -9,13 +9,13 @@ import optuna
 import pandas as pd
 import yaml
 
-from ctbprn_lib import InputError, evidence, files
+from ctbprn_lib import InputError, evidence, files, memory
 from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO, edge, load_study, records
 from ctbprn_lib.storage import study_folder
 
 NAMES = {
     "lr": "Learning rate",
-    "d": "Model dimension (d)",
+    "d": "Width d",
     "rank": "Router rank",
     "temperature": "Temperature",
     "batch_size": "Batch size",
@@ -134,8 +134,7 @@ class Report:
         return "\n\n".join(parts)
 
     def all_trials(self):
-        names = [NAMES[n].replace("Model dimension (d)", "Dim (d)") for n in self.names]
-        header = ["Trial", "Val accuracy (%)", "Val CE (nats)", *names, "Time (s)", "State"]
+        header = ["Trial", "Val accuracy (%)", "Val CE (nats)", *(NAMES[n] for n in self.names), "Time (s)", "State"]
         ordered = self.trials.sort_values(["state", "val_ce"])
         rows = [
             [row["trial"], accuracy(row).replace(" %", ""), ce(row), *(value(n, row[n]) for n in self.names),
@@ -223,13 +222,11 @@ class Report:
             further.append(f"Not decided here, so nothing is recommended: {', '.join(undecided)}.")
         largest = self.complete.loc[self.complete["peak_mem_mib"].idxmax()]
         shape = ", ".join(f"{n} {value(n, largest[n])}" for n in ("d", "batch_size", "seq_len"))
-        memory = [
-            f"Peak memory of {self.budget['n_replicas']} replicas trained together ran from "
-            f"{self.complete['peak_mem_mib'].min():.0f} to {largest['peak_mem_mib']:.0f} MiB "
-            f"(trial {largest['trial']}, {shape}); "
-            f"trial {best['trial']} took {best['peak_mem_mib']:.0f} MiB."
+        cost = [
+            memory.peak(self.complete, self.budget["n_replicas"]),
+            f"Trial {largest['trial']} ({shape}) took the most, trial {best['trial']} {best['peak_mem_mib']:.0f} MiB.",
         ]
-        return sections(production, further, memory)
+        return sections(production, further, cost)
 
     def measured(self):
         b = self.budget
@@ -305,10 +302,10 @@ class Report:
         studies.mkdir(parents=True, exist_ok=True)
         self.trials.to_csv(self.folder / "optuna_results_detailed.csv", index=False)
         (self.folder / "space.yaml").write_text(yaml.safe_dump(self.space, sort_keys=False), encoding="utf-8")
-        memory = optuna.storages.InMemoryStorage()  # the pickle holds the trials, not the way to a database
-        optuna.copy_study(from_study_name=self.name, from_storage=self.study._storage, to_storage=memory)
+        copy = optuna.storages.InMemoryStorage()  # the pickle holds the trials, not the way to a database
+        optuna.copy_study(from_study_name=self.name, from_storage=self.study._storage, to_storage=copy)
         with open(studies / "ctbprn_study.pkl", "wb") as file:
-            pickle.dump(optuna.load_study(study_name=self.name, storage=memory), file)
+            pickle.dump(optuna.load_study(study_name=self.name, storage=copy), file)
         lines = [
             "- Complete trial data: [`optuna_results_detailed.csv`](optuna_results_detailed.csv)",
             "- Optuna study: [`optuna_studies/ctbprn_study.pkl`](optuna_studies/ctbprn_study.pkl) (a pickle runs code "

@@ -61,7 +61,7 @@ def storage_url(name, storage=""):
             "storage holds a password, which papermill writes into its output notebook: delete that, and put the URL "
             "into the variable CTBPRN_STORAGE or the password into ~/.pgpass"
         )
-    storage = storage or os.environ.get("CTBPRN_STORAGE", "")
+    storage = storage or os.environ.get("CTBPRN_STORAGE", "").strip()  # a Secret made from a file ends in a newline
     storage = storage or f"sqlite:///{study_folder(name) / 'optuna_studies' / 'ctbprn_study.db'}"
     _parsed(storage)
     return storage

@@ -12,8 +12,8 @@ from ctbprn_lib.train import Hyperparameters
 
 MARGIN = 0.01  # the smallest difference of accuracy (or of the share routed well) that anybody should care about
 LEVEL = 0.05  # of all tests of a report together
-SUPPORTED, REFUTED, UNDECIDED, NOT_TESTED = "supported", "refuted", "undecided", "not tested yet"
-SAME = "no effect larger than one accuracy point"
+BETTER, WORSE, SAME = "better", "worse", "the same within one point"  # of a level, or of one thing beside another
+SUPPORTED, REFUTED, UNDECIDED, NOT_TESTED = "supported", "refuted", "undecided", "not tested yet"  # of a claim
 
 
 class Contrast(NamedTuple):
@@ -47,7 +47,7 @@ CLAIMS = [
      [Contrast(BEST, "lr", (0.0015,), (0.0001, 0.0004, 0.004, 0.01))]),
     ("Temperature around 1.7-2.0 helps with routing", "share routed to the true area, 1.7 and 2.0 against 0.5 and 1",
      [Contrast(BEST, "temperature", (1.7, 2.0), (0.5, 1.0), "route_accuracy")]),
-    (SCORED, "the same training on fresh samples, over seeds", []),
+    (SCORED, "whether it holds on fresh samples, over seeds", []),
     (LOWER_CE, "trials 1 and 2 on fresh samples", []),
     ("Sequence length of 128 consistently better than shorter sequences",
      "128 against 32 and 64 at the best and at trial 2's other settings",
@@ -64,11 +64,19 @@ CLAIMS = [
      [Contrast(BEST, "rank", (8, 16, 32), (4,))]),
     ("Test temperature values between 1.5-2.0", "1.7 and 2.0 against 0.5 and 1",
      [Contrast(BEST, "temperature", (1.7, 2.0), (0.5, 1.0))]),
-    (LITTLE_MEMORY, "peak memory of trial 2 beside the rest of the space", []),
-    (LARGER_BATCH, "the largest batch that fits this machine", []),
+    (LITTLE_MEMORY, "peak GPU memory of trial 2 beside the rest of the space", []),
+    (LARGER_BATCH, "the largest batch that fits the GPU", []),
     ("Model dimension of 64 provides good balance between performance and memory usage",
      "d 64 against 32, which takes less memory", [Contrast(BEST, "d", (64,), (32,))]),
 ]  # fmt: skip
+
+
+# Of next_space, as people read it.
+NEXT_RULE = (
+    f"Its rule: a level goes if its accuracy is decided to be worse and lies more than {100 * MARGIN:g} point lower, "
+    "whatever its CE; a range then ends at the outermost level that was tested in it and stays; a level outside comes "
+    "in if it is better."
+)
 
 
 class Evidence:
@@ -77,7 +85,7 @@ class Evidence:
     runs: confirm.records; the best configuration is the role that was ablated.
     tests: one row a comparison: kind ("confirmed", "ablation", "claim"), base, factor, a, b, score, effect = a - b
     with low and high, p_value and p_equivalence with their Holm-adjusted p_holm and p_equivalence_holm (equivalence:
-    accuracies differ by less than MARGIN), sd over seeds (if paired, of differences), and the verdict on "a is better".
+    accuracies differ by less than MARGIN), sd over seeds (if paired, of differences), and the verdict on a.
     n_test: test samples; where they are too few to see a difference of MARGIN, equivalence is not tested.
     """
 
@@ -199,7 +207,7 @@ class Evidence:
             return SAME
         if row["p_holm"] >= LEVEL:
             return UNDECIDED
-        return SUPPORTED if (row["effect"] < 0) == (row["score"] == "test_ce") else REFUTED
+        return BETTER if (row["effect"] < 0) == (row["score"] == "test_ce") else WORSE
 
     def claims(self, others=None):
         """One row a claim of the original: claim, decided_by, verdict, detail.
@@ -213,8 +221,10 @@ class Evidence:
             if contrasts and len(tests) == sum(len(c.good) * len(c.others) for c in contrasts):
                 words = {t["verdict"] for t in tests}
                 # worse than a rival refutes; better than some, and from the others not a point away, supports
-                verdict = next((w for w in (REFUTED, UNDECIDED) if w in words), SAME if words == {SAME} else SUPPORTED)
-                detail = "; ".join(f"{_at(t)}: {effect(t)}" for t in tests)
+                verdict = SAME if words == {SAME} else SUPPORTED
+                verdict = REFUTED if WORSE in words else UNDECIDED if UNDECIDED in words else verdict
+                said = dict.fromkeys(f"{self._at(t)}: {effect(t)}" for t in tests)
+                detail = "; ".join(said) + " (the best is published trial 2)" * (len(said) < len(tests))
                 if verdict == UNDECIDED:
                     more = self.seeds_needed([t for t in tests if t["verdict"] == UNDECIDED])
                     detail += f". If the effects are what they look like, about {more} seeds a level would decide it"
@@ -227,6 +237,21 @@ class Evidence:
             rows.append({"claim": quote, "decided_by": decided_by, "verdict": verdict, "detail": detail})
         return pd.DataFrame(rows)
 
+    def _at(self, test):
+        """What is compared with what, as people read it."""
+        if test["factor"] == "role":
+            return f"{test['a']} against {'the best' if test['b'] == BEST else test['b']}"
+        place = " at published trial 2's settings" if test["base"] == TRIAL_2 != self.base else ""
+        samples = " (equal samples)" if test["factor"].endswith("equal samples") else ""
+        return f"{test['a']} against {test['b']}{place}{samples}"
+
+    def shared(self, claims):
+        """How many of these claims rest on comparisons that another of them rests on as well, and on nothing else."""
+        bases = {BEST: self.base}
+        mine = [contrasts for quote, _, contrasts in CLAIMS if quote in claims]
+        rest = [{(bases.get(c.base, c.base), *c[1:]) for c in contrasts} for contrasts in mine]
+        return sum(bool(one) and rest.count(one) > 1 for one in rest)
+
     def of(self, contrast):
         """The tests of one contrast."""
         base, factor, good, others, score = contrast
@@ -238,9 +263,7 @@ class Evidence:
     def next_space(self, space):
         """The space for the next search: decided evidence alone changes the one that was searched.
 
-        A level is dead, and dropped, if it is decidedly worse than the base, by more than MARGIN; a range ends at the
-        outermost tested level inside it that is not dead. A tested level outside the space joins it if it is the base's
-        own or decidedly better.
+        NEXT_RULE says how: a level that goes is dead; the base's own level joins the space too.
         """
         t, new = self.tests, {}
         t = t[(t["kind"] == "ablation") & (t["base"] == self.base) & (t["score"] == "test_accuracy")]
@@ -249,8 +272,8 @@ class Evidence:
                 new[name] = entry
                 continue
             mine, kind = t[t["factor"] == name].set_index("a"), type(getattr(Hyperparameters, name))
-            dead = set(mine[(mine["verdict"] == REFUTED) & (mine["effect"] < -MARGIN)].index)
-            better = {*mine[mine["verdict"] == SUPPORTED].index, _said(self.own_level(self.base, name))}
+            dead = set(mine[(mine["verdict"] == WORSE) & (mine["effect"] < -MARGIN)].index)
+            better = {*mine[mine["verdict"] == BETTER].index, _said(self.own_level(self.base, name))}
             tested = self.levels(self.base, name)
             if isinstance(entry, list):
                 inside = entry
@@ -286,29 +309,16 @@ def from_reproduction(trial_1, trial_2, published):
     mean, low, high = evidence.mean_interval(trial_2["test_accuracy"])
     there = REFUTED if not low <= published <= high else UNDECIDED
     there = SUPPORTED if max(published - low, high - published) <= MARGIN else there
+    holds = {REFUTED: "does not hold", SUPPORTED: "holds", UNDECIDED: "may hold or not"}[there]
     ce = evidence.compare(trial_1["test_ce"], trial_2["test_ce"])
     gap = evidence.compare(trial_1["test_accuracy"], trial_2["test_accuracy"])
     lower = SUPPORTED if ce.high < 0 and gap.high < 0 else REFUTED if ce.low > 0 or gap.low > 0 else UNDECIDED
     return {
-        SCORED: (there, f"on fresh samples {100 * mean:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"),
+        SCORED: (there, f"it was measured, as the best of five looks at 32 samples, and {holds} on fresh samples: "
+                        f"{100 * mean:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"),
         LOWER_CE: (lower, f"trial 1 has {ce.effect:+.3f} [{ce.low:+.3f}, {ce.high:+.3f}] nats and "
                        f"{100 * gap.effect:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}] points beside trial 2 "
                        "on fresh samples"),
-    }  # fmt: skip
-
-
-def from_memory(mine, need, largest):
-    """{claim: (verdict, detail)} for the two claims about memory.
-
-    mine: MiB that trial 2 takes, need: (n,) MiB of every shape of the space; largest: memory.largest_batch's.
-    """
-    less, size = (need < mine).mean(), largest["batch_size"]
-    return {
-        LITTLE_MEMORY: (REFUTED if less > 0 else SUPPORTED,
-                        f"trial 2 needs {mine:.0f} MiB a replica by the fitted rule, and {100 * less:.0f} % of the "
-                        f"published shapes need less (down to {need.min():.0f} MiB): little, but not the least"),
-        LARGER_BATCH: (SUPPORTED if size > 32 else REFUTED,
-                       f"a batch of {size:,} trains in {largest['free_mib']:,} MiB"),
     }  # fmt: skip
 
 
@@ -332,12 +342,3 @@ def recorded_claims(study_name, decided):
 
 def _said(level):
     return level if isinstance(level, str) else f"{level:g}"
-
-
-def _at(test):
-    """What is compared with what, as people read it."""
-    if test["factor"] == "role":
-        return f"{test['a']} against {'the best' if test['b'] == BEST else test['b']}"
-    place = " at published trial 2's settings" if test["base"] == TRIAL_2 else ""
-    samples = " (equal samples)" if test["factor"].endswith("equal samples") else ""
-    return f"{test['a']} against {test['b']}{place}{samples}"

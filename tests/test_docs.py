@@ -111,6 +111,18 @@ def test_the_loop_starts_one_worker_for_each_gpu(calls):
         fits(call[2], call[4])
 
 
+def test_the_image_lacks_what_one_machine_alone_has():
+    kept_out = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {".git", ".venv", "runs", "reports/*"} <= set(kept_out) and "COPY . " in WORKERS
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    assert {line.lstrip("!") for line in ignored} <= {line.removeprefix("**/").lstrip("!") for line in kept_out}
+
+
+def test_every_command_on_a_study_of_many_workers_says_where_it_is():
+    for name, script in SCRIPTS.items():
+        assert "flagship" not in script or "CTBPRN_STORAGE" in script, name
+
+
 def test_no_password_is_on_a_command_line():
     for name, script in SCRIPTS.items():
         assert not re.search(r"://[^\s/@]*:[^\s/@]*@", script), name

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ctbprn_lib import InputError, memory, search
+from ctbprn_lib import InputError, memory, search, verdicts
 from ctbprn_lib.train import Budget, Hyperparameters, fit
 
 TASK = {"n_areas": 2, "n_features": 64, "n_tokens": 128}
@@ -37,6 +37,32 @@ def test_the_error_is_that_of_shapes_left_out_not_of_their_twins():
 def test_too_few_measurements_are_refused():
     with pytest.raises(InputError, match="at least six measurements, got 5"):
         memory.fit_rule(some_sizes(5), np.ones(5))
+
+
+def test_claims_about_gpu_memory_are_decided_on_a_gpu_alone():
+    largest = {"batch_size": 512, "free_mib": 8000, "tried_twice": True}
+    growing, level = memory.MemoryRule(1, 1, 1, 0, 0), memory.MemoryRule(0, 0, 0, 50, 0)
+
+    def words(rule, on_gpu=True, **found):
+        said = memory.claims(rule, TASK, largest | found, on_gpu)
+        assert "81 shapes" in said[verdicts.LITTLE_MEMORY][1]
+        return [said[claim][0] for claim in (verdicts.LITTLE_MEMORY, verdicts.LARGER_BATCH)]
+
+    assert words(growing) == [verdicts.REFUTED, verdicts.SUPPORTED]
+    assert words(level, batch_size=32) == [verdicts.SUPPORTED, verdicts.REFUTED]
+    assert words(growing, on_gpu=False) == [verdicts.UNDECIDED] * 2
+
+
+def test_a_report_says_what_was_measured_and_how_far_the_rule_misses():
+    done = pd.DataFrame({"peak_mem_mib": [80.4, 348.0], "device": ["CPU, 1 thread"] * 2})
+    assert "from 80 to 348 MiB" in memory.peak(done, 4) and "process's peak" in memory.peak(done, 4)
+    assert "process" not in memory.peak(done.assign(device="NVIDIA H100"), 4)
+    table = pd.DataFrame({"n_replicas": 4, "d": 64, "rank": 16, "batch_size": 32, "seq_len": [32, 64, 64],
+                          "measured_mib": [100, 100, 200], "predicted_mib": [110, 80, 100]})  # fmt: skip
+    rule, largest = memory.MemoryRule(1, 1, 1, 0, 0.17), {"batch_size": 64, "free_mib": 9, "tried_twice": False}
+    said = " ".join(memory.considerations(rule, table, "trial 3", largest))
+    assert "3 measured runs of 2 shapes" in said and "by 20 % (median) and 50 % (worst)" in said and "by 17 %" in said
+    assert memory.considerations(None, table, "trial 3", None) == []
 
 
 def test_what_a_training_took_becomes_a_row(small_task):

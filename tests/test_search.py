@@ -183,6 +183,11 @@ def test_storage_comes_from_the_parameter_else_the_environment_else_the_folder(r
     monkeypatch.setenv("CTBPRN_STORAGE", "sqlite:///elsewhere.db")
     assert storage.storage_url("s") == "sqlite:///elsewhere.db"
     assert storage.storage_url("s", "sqlite:///mine.db") == "sqlite:///mine.db"
+    monkeypatch.setenv("CTBPRN_STORAGE", " postgresql://me@server/studies\n")  # as a Secret made from a file has it
+    assert storage.storage_url("s") == "postgresql://me@server/studies"
+    monkeypatch.setenv("CTBPRN_STORAGE", "\n")
+    assert storage.storage_url("s").endswith("s/optuna_studies/ctbprn_study.db")
+    monkeypatch.delenv("CTBPRN_STORAGE")
     with pytest.raises(InputError, match="password") as error:
         storage.storage_url("s", "postgresql://me:hunter2@localhost/db")
     assert "hunter2" not in str(error.value)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from ctbprn_lib import search, simulate, tasks, verdicts
-from ctbprn_lib.verdicts import REFUTED, SAME, SUPPORTED, UNDECIDED, Evidence
+from ctbprn_lib.verdicts import BETTER, REFUTED, SAME, SUPPORTED, UNDECIDED, WORSE, Evidence
 
 GOLDEN = Path(__file__).parent / "golden"
 NOTHING_MATTERS = 100  # simulated reports
@@ -31,11 +31,11 @@ def test_every_claim_of_the_original_is_quoted():
 
 
 def test_where_nothing_matters_hardly_any_report_says_that_something_does():
-    """At most 5 % of reports may hold a false "supported" or "refuted"; 10 of 100 would be one chance in 35 at 5 %."""
+    """At most 5 % of reports may hold a false "better" or "worse"; 10 of 100 would be one chance in 35 at 5 %."""
     wrong = 0
     for seed in range(NOTHING_MATTERS):
         tests = report(seed=seed).tests
-        wrong += tests["verdict"].isin([SUPPORTED, REFUTED]).any()
+        wrong += tests["verdict"].isin([BETTER, WORSE]).any()
     assert wrong < 10, wrong
 
 
@@ -51,7 +51,7 @@ def test_an_effect_of_two_points_is_found_by_as_many_seeds_as_the_report_says():
         t = made.tests
         tests = t[(t["kind"] == "ablation") & (t["base"] == made.base) & (t["score"] == "test_accuracy")]
         tests = tests.set_index(["factor", "a"]).sort_index()
-        found += [tests.loc[("rank", "4"), "verdict"] == REFUTED, tests.loc[("lr", "0.0001"), "verdict"] == REFUTED]
+        found += [tests.loc[("rank", "4"), "verdict"] == WORSE, tests.loc[("lr", "0.0001"), "verdict"] == WORSE]
     assert np.mean(found) >= 0.8
 
 
@@ -157,18 +157,23 @@ def test_the_reproduction_decides_two_claims():
 
     low, high = scores(0.55, 0.68), scores(0.60, 0.67)
     assert words(low, high) == [REFUTED, REFUTED]
+    said = verdicts.from_reproduction(low, high, 0.7813)[verdicts.SCORED][1]
+    assert said.startswith("it was measured,") and "does not hold on fresh samples: " in said
     assert words(scores(0.55, 0.60), high)[1] == SUPPORTED and words(high, high)[1] == UNDECIDED
     assert words(low, scores(0.7813, 0.6))[0] == SUPPORTED
     two = pd.DataFrame({"test_accuracy": [0.5, 0.95], "test_ce": [0.6, 0.7]})
     assert words(low, two)[0] == UNDECIDED  # the interval holds 78.13 %, and nearly everything else
 
 
-def test_memory_decides_two_claims():
-    need, largest = np.array([10.0, 50.0, 90.0]), {"batch_size": 512, "free_mib": 8000}
-    words = [verdict for verdict, _ in verdicts.from_memory(50, need, largest).values()]
-    assert words == [REFUTED, SUPPORTED]
-    words = [verdict for verdict, _ in verdicts.from_memory(10, need, largest | {"batch_size": 32}).values()]
-    assert words == [SUPPORTED, REFUTED]
+def test_a_comparison_is_said_once_and_claims_that_share_theirs_are_counted():
+    """Where the best is the published trial 2, the claims about it and about the best are one."""
+    made = report(seed=1, effects={("seq_len", 32): -0.05, ("seq_len", 64): -0.05}, spread=0.05)
+    assert made.base == verdicts.TRIAL_2
+    details = made.claims().set_index("claim")["detail"]
+    twice = details["Sequence length of 128 consistently better than shorter sequences"]
+    assert twice == details["Keep sequence length at 128 for best results"] + " (the best is published trial 2)"
+    three = [quote for quote, _, _ in verdicts.CLAIMS if "equence length" in quote]
+    assert made.shared(three) == len(three) == 3 and made.shared(three[:1]) == made.shared([verdicts.SCORED]) == 0
 
 
 def test_recorded_verdicts_are_read_back_and_newer_ones_win(reports):
