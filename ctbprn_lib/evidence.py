@@ -11,6 +11,8 @@ from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 
 from ctbprn_lib import InputError
 
+MOST_SEEDS = 2**14  # beyond which nobody goes
+
 
 def mean_interval(scores, level=0.95, top=1.0):
     """Mean over seeds with a t interval that stays where scores can be: from 0 to top.
@@ -41,9 +43,9 @@ def mean_interval(scores, level=0.95, top=1.0):
     return float(mean), float(expit(logit(mean) - half)), float(expit(logit(mean) + half))
 
 
-def sample_interval(share, n, level=0.95):
+def sample_interval(share, n):
     """(low, high) of a share measured on n samples: what so few samples leave open.  Source: Wilson (1927)."""
-    interval = stats.binomtest(round(share * n), n).proportion_ci(level, method="wilson")
+    interval = stats.binomtest(round(share * n), n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -95,7 +97,8 @@ def equivalence(a, b, margin, paired=False):
 
 
 def seeds_needed(sd, margin, alpha, paired=False, power=0.8):
-    """Seeds a side with which compare finds a true difference of margin at level alpha in a share power of reports.
+    """Seeds a side with which compare finds a true difference of margin at level alpha in a share power of reports;
+    math.inf for more than MOST_SEEDS.
 
     sd: of one score over seeds, or, if paired, of the differences; in the units of margin.
     """
@@ -108,6 +111,8 @@ def seeds_needed(sd, margin, alpha, paired=False, power=0.8):
     enough = 2
     while found(enough) < power:
         enough *= 2
+        if enough > MOST_SEEDS:
+            return np.inf
     return enough // 2 + bisect.bisect_left(range(enough // 2, enough), power, key=found) if enough > 2 else 2
 
 

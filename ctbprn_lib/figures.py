@@ -68,7 +68,7 @@ def learning_curves(ax, steps, curves, name, references=None):
     """
     scale = 100 if name.endswith("accuracy") else 1
     for (label, values), color in zip(curves.items(), CYCLE, strict=False):
-        values = scale * np.asarray(values, dtype=float)
+        values = scale * np.ma.masked_invalid(np.asarray(values, dtype=float))  # replicas that have diverged
         ax.plot(steps, values.mean(1), "o-", ms=4, color=color, label=label)
         ax.fill_between(steps, values.min(1), values.max(1), color=color, alpha=0.2, lw=0)
     for (label, value), style in zip((references or {}).items(), ("--", ":", "-."), strict=False):
@@ -103,7 +103,8 @@ def slice_of(ax, trials, name, score, levels=None):
     scatter(ax, trials, name, score, annotate=False)
     if levels is not None:
         ax.set_xticks(levels, [str(level) for level in levels])
-        ax.set_xlim(levels[0] - 0.2 * np.ptp(levels) - 1e-9, levels[-1] + 0.2 * np.ptp(levels) + 1e-9)
+        margin = 0.2 * np.ptp(levels) + 1e-9
+        ax.set_xlim(min(levels) - margin, max(levels) + margin)
     return ax
 
 

@@ -45,7 +45,7 @@ class ConfirmedReport(Report):
 
     def summary(self):
         e = self.evidence
-        return super().summary(confirmed=True) + (
+        return super().summary() + (
             f" {len(e.roles)} configurations were trained again with {e.n_seeds} fresh seeds and scored on "
             f"{self._n_test():,} test samples that no training and no tuning has seen: only those scores are called "
             "results."
@@ -148,11 +148,9 @@ class ConfirmedReport(Report):
                     if points["verdict"] in (SAME, BETTER) and ce["verdict"] != WORSE]  # fmt: skip
             if good:
                 production.append(f"{FACTORS[factor]} {good[0]['a']} instead of {own:g} costs less: {effect(good[0])}.")
-        further = [
-            f"{FACTORS[name]}: search {span(entry)} instead of {span(self.space[name])}."
-            for name, entry in self.next_space.items()
-            if entry != self.space[name]
-        ] or ["No range is changed by this evidence."]
+        further = [f"{FACTORS[name]}: search {span(entry)} instead of {span(self.space[name])}."
+                   for name, entry in self.next_space.items() if entry != self.space[name]]  # fmt: skip
+        further = further or ["No range is changed by this evidence."]
         next_space = f"`next_space.yaml` is this space; `-p space` of tune.ipynb takes it. {verdicts.NEXT_RULE}"
         further += filter(None, [self._longer(), next_space])
         cost = memory.considerations(self.memory, self.memory_table, role, self.about["largest_batch"])
@@ -165,10 +163,10 @@ class ConfirmedReport(Report):
             if pairs:
                 levels = [(self._level(factor, float(points["a"])), ce["verdict"]) for points, ce in pairs]
                 said = ", ".join(x + f" (its CE is {word})" * (word != UNDECIDED) for x, word in levels)
-                seeds = e.seeds_needed([points for points, _ in pairs])
+                decides = e.what_decides([points for points, _ in pairs])
                 lines.append(
-                    f"{FACTORS[factor]}{self._where(base)}: {said}. If the effects are what they look like, about "
-                    f"{seeds} seeds a level would decide it in 80 % of reports."
+                    f"{FACTORS[factor]}{self._where(base)}: {said}. If the effects are what they look like, {decides} "
+                    "in 80 % of reports."
                 )
         if self.claims_table is not None:
             still = self.claims_table[self.claims_table["verdict"].isin([UNDECIDED, verdicts.NOT_TESTED])]
@@ -211,7 +209,7 @@ class ConfirmedReport(Report):
         """Write the tables and the next space beside the database too, and list them."""
         tables = {"confirmed.csv": (self.runs, "every confirmed and ablated run, a row a seed"),
                   "comparisons.csv": (self.evidence.tests, "every test of this report"),
-                  "importance.csv": (self.importance(), "importance with intervals"),
+                  "importance.csv": (self.importance, "importance with intervals"),
                   "memory.csv": (self.memory_table, "peak memory, measured and predicted"),
                   "claims.csv": (self.claims_table, "the original's claims with their verdicts")}  # fmt: skip
         lines = [super().raw_data()]
@@ -329,7 +327,7 @@ class ConfirmedReport(Report):
         )
 
     def _importance_finding(self):
-        shares = self.importance()
+        shares = self.importance
         if shares.empty:
             return None
         placebo = f"a placebo ({100 * shares.set_index('name').loc[PLACEBO, 'importance']:.0f} %)"

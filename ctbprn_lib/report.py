@@ -1,5 +1,6 @@
 """From a study's record to the pieces of its report: Markdown whose every number is the record's, formatted once."""
 
+import functools
 import math
 import pickle
 import re
@@ -10,7 +11,7 @@ import pandas as pd
 import yaml
 
 from ctbprn_lib import InputError, evidence, files, memory
-from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO, edge, load_study, records
+from ctbprn_lib.search import HYPERPARAMETERS, edge, load_study, records
 from ctbprn_lib.storage import study_folder
 
 NAMES = {
@@ -87,8 +88,7 @@ class Report:
         self.asked = self.study.user_attrs["fingerprint"]
         self.budget, self.space, self.task = self.asked["budget"], self.asked["space"], self.asked["task"]
         self.score = "val_accuracy" if self.asked["objective"] == "val_accuracy" else "val_ce"
-        how = self.study.user_attrs.get("how", {})
-        self.asked_how = ", ".join(f"{key} {how[key]}" for key in ("sampler", "pruner") if key in how) or "TPE"
+        self.how = self.study.user_attrs["how"]
         self.baselines = self.study.user_attrs.get("baselines", {})
         self.names = [name for name in HYPERPARAMETERS if name in self.space]
         self.trials = records(self.study)
@@ -102,9 +102,7 @@ class Report:
         self.by_accuracy = self.complete.sort_values(["val_accuracy", "val_ce"], ascending=[False, True]).iloc[0]
         self.by_ce = self.complete.loc[self.complete["val_ce"].idxmin()]
         replicas = [f"val_ce_{r}" for r in range(self.budget["n_replicas"])]
-        known = self.complete[replicas].astype(float).to_numpy()
-        # a replica that diverged counts as knowing nothing, as it does in the trial's own score
-        known = np.where(np.isfinite(known), known, math.log(self.task.get("n_classes", 2)))
+        known = self.complete[replicas].to_numpy()
         best = int(self.by_ce.name)
         self.level = [best] if known.shape[1] < 2 else evidence.like_the_best(known, best)
         # pruned trials count too, or the trends would be those of the survivors; the longer one was let run the better
@@ -113,14 +111,14 @@ class Report:
         self.ended = ended.assign(standing=range(len(ended)))
         self.trends = evidence.trends(self.ended, self.names, "standing").set_index("hyperparameter")
 
-    def summary(self, confirmed=False):
+    def summary(self):
         counts = self.trials["state"].value_counts()
         states = ", ".join(f"{counts[s]} {s}" for s in ("complete", "pruned", "fail", "running") if s in counts)
         return (
             f"> Which hyperparameters of CTBPRN are best on **{escape(self.task['task'])}**? {len(self.trials)} trials "
             f"({states}), each {self.budget['n_replicas']} trainings (replicas) of {self.budget['n_steps']} "
             "steps; scores are means over replicas on held-out data, with 95 % intervals."
-            + ("" if confirmed else " They are tuning scores: the best of many is partly luck, and none has been "
+            + ("" if self.confirmed else " They are tuning scores: the best of many is partly luck, and none has been "
                "trained again on fresh seeds.")
         )  # fmt: skip
 
@@ -239,13 +237,14 @@ class Report:
             f"- **Space**: {sampled}.\n"
             f"- **A trial** is {b['n_replicas']} replicas with their own initial values, batches and noise, trained "
             f"together for {b['n_steps']} steps (AdamW, {b['schedule'].replace('_', '-')} rate, gradient norm at "
-            f"most {b['clip']:g} a replica, precision {precision or 'fp32'}) on {escape(device)}.\n"
+            f"most {b['clip']:g} a replica, precision {precision}) on {escape(device)}.\n"
             f"- **A score** is the mean over replicas on {self.n_validation:,} validation samples that no training "
             "batch holds, without gate noise, after the last step. The interval is Student's t over replicas: the seed "
             "is the unit of replication, not the sample. CE is in nats.\n"
-            f"- **The search** ({self.asked_how}) asks for the best `{self.asked['objective']}` on the validation set. "
-            "A trial's rank: complete trials by CE, then pruned ones by how long they were let run and by CE. The "
-            "trials are what the sampler tried, not an experiment on one hyperparameter at a time."
+            f"- **The search** (sampler {self.how['sampler']}, pruner {self.how['pruner']}) asks for the best "
+            f"`{self.asked['objective']}` on the validation set. A trial's rank: complete trials by CE, then pruned "
+            "ones by how long they were let run and by CE. The trials are what the sampler tried, not an experiment on "
+            "one hyperparameter at a time."
         )
 
     def undecided(self):
@@ -269,7 +268,8 @@ class Report:
         command = (
             f"papermill notebooks/tune.ipynb runs/tune.ipynb -p study_name again -p task {task} "
             f"-p n_trials {int(self.trials['state'].isin(['complete', 'pruned']).sum())} -p n_steps {b['n_steps']} "
-            f"-p n_replicas {b['n_replicas']} -p objective {q['objective']} -p seed {q['seed']} "
+            f"-p n_replicas {b['n_replicas']} -p objective {q['objective']} -p sampler {self.how['sampler']} "
+            f"-p pruner {self.how['pruner']} -p seed {q['seed']} "
             f"-p precision {b['precision']} -p space reports/{self.name}/space.yaml"
         )
         names = {"commit": "commit", "torch": "torch", "Optuna": "optuna", "Python": "python", "device": "device"}
@@ -281,7 +281,8 @@ class Report:
         """(steps, {label: (evaluations, R)}) of the two best and the two worst complete trials by CE."""
         ordered = self.complete.sort_values("val_ce")["trial"].tolist()
         chosen = dict.fromkeys(ordered[:2] + ordered[-2:])
-        kept = {number: self.study.trials[number].user_attrs for number in chosen}
+        trials = self.study.get_trials(deepcopy=False)
+        kept = {number: trials[number].user_attrs for number in chosen}
         steps = next(iter(kept.values()))["steps"]
         return steps, {f"trial {number}": np.array(k["curves"][name], dtype=float) for number, k in kept.items()}
 
@@ -290,11 +291,13 @@ class Report:
         score = self.trials[self.score].where(self.trials["state"] == "complete")
         return (score.cummax() if self.score == "val_accuracy" else score.cummin()).ffill().to_numpy()
 
+    @functools.cached_property
     def importance(self):
         """evidence.importance over the finished trials, ranked as their standing; empty for fewer than ten."""
-        if len(self.ended) < 10 or self.ended[PLACEBO].isna().any():  # early studies drew no placebo
+        if len(self.ended) < 10:
             return pd.DataFrame(columns=["name", "importance", "low", "high", "beats_placebo"])
-        return evidence.importance([self.study.trials[i] for i in self.ended["trial"]], self.ended["standing"])
+        trials = self.study.get_trials(deepcopy=False)
+        return evidence.importance([trials[i] for i in self.ended["trial"]], self.ended["standing"])
 
     def raw_data(self):
         """Write the CSV and the pickled study into self.folder, and list them and the database."""

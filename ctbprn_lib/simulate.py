@@ -9,6 +9,8 @@ from ctbprn_lib import InputError, files
 from ctbprn_lib.confirm import LADDER
 from ctbprn_lib.verdicts import TRIAL_2
 
+ACCURACY = 0.97  # where nothing acts
+
 
 def spreads(path):
     """(configurations,) standard deviation over seeds of the error's logarithm, from a study's confirmed.csv.
@@ -24,7 +26,7 @@ def spreads(path):
     return spread
 
 
-def runs(n_seeds, rng, effects=None, accuracy=0.97, spread=0.25):
+def runs(n_seeds, rng, effects=None, spread=0.25):
     """Made-up confirm.records of an ordinary report in which only effects act: {(factor, level): share of accuracy}.
 
     Errors are lognormal over seeds (skewed, near 0): spread is the standard deviation of their logarithm.
@@ -39,7 +41,7 @@ def runs(n_seeds, rng, effects=None, accuracy=0.97, spread=0.25):
         name = factor.removesuffix(", equal samples")
         key = (of, level == base[name] or (factor, level)) if of else role  # the base's own level is one run
         if key not in drawn:
-            error = (1 - accuracy) * np.exp(spread * rng.normal(size=n_seeds) - spread**2 / 2)
+            error = (1 - ACCURACY) * np.exp(spread * rng.normal(size=n_seeds) - spread**2 / 2)
             error = error - (effects or {}).get((factor, level), 0)
             drawn[key] = error, 2.4 * error
         for s, (error, ce) in enumerate(zip(*drawn[key], strict=True)):

@@ -55,7 +55,10 @@ def study_folder(name):
 
 
 def storage_url(name, storage=""):
-    """Where a study is kept: storage, else the variable CTBPRN_STORAGE, else SQLite in the study's own folder."""
+    """Where a study is kept: storage, else the variable CTBPRN_STORAGE, else SQLite in the study's own folder.
+
+    A SQLite file without a whole path lies in the project, whatever folder a notebook runs in.
+    """
     if storage and _secrets(storage):
         raise InputError(
             "storage holds a password, which papermill writes into its output notebook: delete that, and put the URL "
@@ -63,8 +66,10 @@ def storage_url(name, storage=""):
         )
     storage = storage or os.environ.get("CTBPRN_STORAGE", "").strip()  # a Secret made from a file ends in a newline
     storage = storage or f"sqlite:///{study_folder(name) / 'optuna_studies' / 'ctbprn_study.db'}"
-    _parsed(storage)
-    return storage
+    url = _parsed(storage)
+    if url.get_backend_name() != "sqlite":
+        return storage
+    return url.set(database=str(REPORTS.parent / url.database)).render_as_string()
 
 
 def _parsed(url):

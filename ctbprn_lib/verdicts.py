@@ -173,10 +173,19 @@ class Evidence:
     def seeds_needed(self, tests):
         """Seeds a level that would decide all these tests in 80 % of such reports, if effects are as they look.
 
-        An effect further from 0 than from MARGIN shows as a difference first, another as equivalence.
+        An effect further from 0 than from MARGIN shows as a difference first, another as equivalence, where there are
+        test samples enough to show that.
         """
-        gaps = [max(abs(test["effect"]), MARGIN - abs(test["effect"])) for test in tests]
+        margin = MARGIN if self.sees_margin else 0
+        gaps = [max(abs(test["effect"]), margin - abs(test["effect"])) for test in tests]
         return max(self.n_seeds + 1, *map(self.seeds_to_find, tests, gaps))
+
+    def what_decides(self, tests):
+        """seeds_needed, as people read it."""
+        seeds = self.seeds_needed(tests)
+        if seeds == math.inf:
+            return "more test samples, not more seeds, would decide it"
+        return f"about {seeds} seeds a level would decide it"
 
     def seeds_to_find(self, test, gap):
         """Seeds a level with which a test of this spread shows a difference of gap in 80 % of such reports."""
@@ -226,14 +235,13 @@ class Evidence:
                 said = dict.fromkeys(f"{self._at(t)}: {effect(t)}" for t in tests)
                 detail = "; ".join(said) + " (the best is published trial 2)" * (len(said) < len(tests))
                 if verdict == UNDECIDED:
-                    more = self.seeds_needed([t for t in tests if t["verdict"] == UNDECIDED])
-                    detail += f". If the effects are what they look like, about {more} seeds a level would decide it"
+                    more = self.what_decides([t for t in tests if t["verdict"] == UNDECIDED])
+                    detail += f". If the effects are what they look like, {more}"
             elif contrasts and self.base == TRIAL_2 and contrasts[0].factor == "role":
                 rivals = self.tests[(self.tests["kind"] == "confirmed") & (self.tests["b"] == TRIAL_2)]
                 verdict = UNDECIDED if (rivals["p_holm"] >= LEVEL).any() else SUPPORTED
-                detail = "it is the best confirmed configuration" + ", but not told from all others" * (
-                    verdict != SUPPORTED
-                )
+                detail = "it is the best confirmed configuration"
+                detail += ", but not told from all others" * (verdict != SUPPORTED)
             rows.append({"claim": quote, "decided_by": decided_by, "verdict": verdict, "detail": detail})
         return pd.DataFrame(rows)
 
@@ -275,18 +283,16 @@ class Evidence:
             dead = set(mine[(mine["verdict"] == WORSE) & (mine["effect"] < -MARGIN)].index)
             better = {*mine[mine["verdict"] == BETTER].index, _said(self.own_level(self.base, name))}
             tested = self.levels(self.base, name)
-            if isinstance(entry, list):
-                inside = entry
-            else:
-                low, high = entry["low"], entry["high"]
-                inside = {low, high} | {x for x in tested if low <= x <= high}
-            kept = sorted(
-                {kind(x) for x in inside if _said(x) not in dead} | {kind(x) for x in tested if _said(x) in better}
-            )
-            if isinstance(entry, list):
-                new[name] = kept
-            else:
-                new[name] = entry | {"low": kept[0], "high": kept[-1]} if len(kept) > 1 else entry
+            inside = entry
+            if not isinstance(entry, list):  # an end that was not tested itself goes with the level beside it
+                inside = [x for x in tested if entry["low"] <= x <= entry["high"]]
+                ends = zip((entry["low"], entry["high"]), (inside[:1], inside[-1:]), strict=True)
+                inside += [end for end, beside in ends if not (beside and _said(beside[0]) in dead)]
+            stay = [x for x in inside if _said(x) not in dead] + [x for x in tested if _said(x) in better]
+            kept = sorted({kind(x) for x in stay})
+            if not isinstance(entry, list):
+                kept = entry | {"low": kept[0], "high": kept[-1]} if len(kept) > 1 else entry
+            new[name] = kept
         return new
 
 

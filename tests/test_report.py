@@ -8,13 +8,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import optuna
 import pandas as pd
 import pytest
 from scipy import stats
 
-from ctbprn_lib import InputError, report, scoring, search, storage, tasks
+from ctbprn_lib import InputError, figures, report, scoring, search, storage, tasks
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.train import Budget
 
@@ -124,7 +125,7 @@ def test_small_and_other_studies_have_every_section_too(folder, asked, n_trials,
     for piece in pieces.split():
         text = getattr(r, piece)()
         assert text and "nan" not in text, piece
-    assert set(r.importance()["name"]) <= {*r.names, search.PLACEBO}
+    assert set(r.importance["name"]) <= {*r.names, search.PLACEBO}
     assert len(r.running_best()) == n_trials
 
 
@@ -244,3 +245,30 @@ def test_the_saved_networks_score_what_their_files_say():
 def test_text_from_outside_stays_text():
     assert report.escape("<b>|`*_[x]") == "".join(f"&#{ord(c)};" if not c.isalnum() else c for c in "<b>|`*_[x]")
     assert "\n" not in report.escape("a\nb") and "\x1b" not in report.escape("\x1b[31m")
+
+
+@pytest.mark.parametrize("asked", [
+    {}, {"objective": "both", "pruner": "none"}, {"objective": "val_accuracy", "pruner": "hyperband", "seed": 3},
+])  # fmt: skip
+def test_the_command_of_the_report_asks_what_the_study_asked(reports, asked):
+    study = made(reports, **asked)
+    words = report.Report("made").reproduce().split("papermill", 1)[1].split()
+    given = dict(zip(words[3::3], words[4::3], strict=False))
+    assert words[2:-1:3] == ["-p"] * len(given)
+    how = study.user_attrs["how"] | {"objective": asked.get("objective", "val_ce"), "seed": str(asked.get("seed", 0))}
+    assert how["sampler"] == "random" and {name: given[name] for name in how} == how
+
+
+def test_a_replica_that_diverged_leaves_the_curves_of_the_others():
+    _, ax = plt.subplots()
+    curves = {"trial 1": [[0.7, 0.5, 0.6], [0.6, 0.4, np.nan]]}
+    figures.learning_curves(ax, [1, 2], curves, "val_ce")
+    assert ax.lines[0].get_ydata().tolist() == [pytest.approx(0.6), pytest.approx(0.5)]
+
+
+def test_all_levels_of_a_slice_are_in_the_picture_in_whatever_order_the_space_names_them():
+    trials = pd.DataFrame({"trial": [0, 1, 2], "d": [32, 64, 128], "val_ce": [0.5, 0.4, 0.3]})
+    for levels in ([32, 128, 64], [128, 64, 32]):
+        _, ax = plt.subplots()
+        low, high = figures.slice_of(ax, trials, "d", "val_ce", levels).get_xlim()
+        assert low < 32 and high > 128

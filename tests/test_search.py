@@ -181,8 +181,10 @@ def test_a_bad_space_is_refused_with_file_field_and_expectation(tmp_path, small_
 def test_storage_comes_from_the_parameter_else_the_environment_else_the_folder(reports, monkeypatch):
     assert storage.storage_url("s").endswith("s/optuna_studies/ctbprn_study.db")
     monkeypatch.setenv("CTBPRN_STORAGE", "sqlite:///elsewhere.db")
-    assert storage.storage_url("s") == "sqlite:///elsewhere.db"
-    assert storage.storage_url("s", "sqlite:///mine.db") == "sqlite:///mine.db"
+    monkeypatch.chdir("/")
+    assert storage.storage_url("s") == f"sqlite:///{reports.parent}/elsewhere.db"  # not in the folder of the notebook
+    assert storage.storage_url("s", "sqlite:///mine.db") == f"sqlite:///{reports.parent}/mine.db"
+    assert storage.storage_url("s", "sqlite:////tmp/mine.db?timeout=5") == "sqlite:////tmp/mine.db?timeout=5"
     monkeypatch.setenv("CTBPRN_STORAGE", " postgresql://me@server/studies\n")  # as a Secret made from a file has it
     assert storage.storage_url("s") == "postgresql://me@server/studies"
     monkeypatch.setenv("CTBPRN_STORAGE", "\n")

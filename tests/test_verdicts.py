@@ -144,6 +144,24 @@ def test_the_next_space_drops_what_is_dead_extends_what_is_better_and_leaves_the
     whole = {"low": 32, "high": 96}  # whole numbers stay whole, and the best value joins a space that lacked it
     new = report(effects={("d", 32): -0.03}, spread=0.05).next_space(SPACE | {"d": whole, "rank": [4, 8]})
     assert new["d"]["low"] == 64 and isinstance(new["d"]["low"], int) and new["rank"] == [4, 8, 16]
+    dead = {("lr", level): -0.03 for level in (1e-4, 4e-4, 1e-3)}  # an end that nobody tested is no better than they
+    new = report(effects=dead, spread=0.05).next_space(SPACE | {"lr": {"low": 2e-4, "high": 9e-3, "log": True}})
+    assert new["lr"]["low"] > 1e-3 and new["lr"]["high"] == 9e-3
+
+
+def test_where_test_samples_are_too_few_no_number_of_seeds_is_promised():
+    """40 test samples cannot show that two accuracies lie within a point, however many seeds there are."""
+    runs = simulate.runs(8, np.random.default_rng(0), {("rank", 4): -0.03}, spread=0.6)
+    few, many = Evidence(runs, n_test=40), Evidence(runs)
+    test = few.tests.iloc[0].to_dict() | {"sd": 0.02, "paired": False}
+    assert not few.sees_margin and many.sees_margin
+    same, other = test | {"effect": 1e-5}, test | {"effect": -0.015}
+    assert (
+        few.what_decides([same])
+        == few.what_decides([other, same])
+        == "more test samples, not more seeds, would decide it"
+    )
+    assert few.seeds_needed([other]) == many.seeds_needed([other]) < 200 > many.seeds_needed([same])
 
 
 def test_the_reproduction_decides_two_claims():
