@@ -19,7 +19,7 @@ import optuna
 import pandas as pd
 import torch
 
-from ctbprn_lib import InputError, evidence, published, search, storage
+from ctbprn_lib import InputError, evidence, files, published, search, storage
 from ctbprn_lib.device import out_of_memory, precision_context, resolve_device, resolve_precision
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.scoring import score
@@ -195,9 +195,9 @@ class Confirmation:
             content["weights"] = {"file": f"{name}.safetensors", "seed": record["kept_seed"]}
             content["weights"] |= {"chosen_by": "lowest validation CE"} | {k: v.item() for k, v in scores.items()}
             content |= {k: record[k] for k in ("ctbprn", *search.ORIGIN)}
-            with storage.whole(folder / f"{name}.safetensors") as new:
+            with files.whole(folder / f"{name}.safetensors") as new:
                 new.write_bytes(made.read_bytes())
-            with storage.whole(folder / f"{name}.json") as new:
+            with files.whole(folder / f"{name}.json") as new:
                 new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return best
 
@@ -299,7 +299,7 @@ def _train(task, run, budget, n_test, seed, device, weights=None):
     record["kept_seed"] = int(np.argmin(np.where(alive, test["val_ce"], np.inf)))
     if weights:
         weights.parent.mkdir(parents=True, exist_ok=True)
-        with storage.whole(weights) as new:
+        with files.whole(weights) as new:
             result.model.replica(record["kept_seed"]).save(new)
     return record
 

@@ -1,9 +1,11 @@
-"""Files and names from outside: read without pickle and in bounded memory, or refused with an InputError.
+"""Files and names from outside: read without pickle and in bounded memory, or refused with an InputError.  And files of
+our own: written whole, and known again by their SHA-256.
 
 What is returned is plain (arrays, series, cells, values); whether it makes sense is checked where it is used.
 """
 
 import csv
+import hashlib
 import math
 import os
 import shlex
@@ -23,6 +25,59 @@ LONGEST_YAML, DEEPEST_YAML = 10_000, 10  # characters, collections in collection
 def too_large(n_bytes, of):
     """Whether something made from of bytes may not take n_bytes: a small file must not fill the memory."""
     return n_bytes > max(SMALL, GROWTH * of)
+
+
+@contextmanager
+def whole(path):
+    """Yields a path to write to; the file takes the place of path when all of it is there, and is gone if it fails."""
+    new = Path(path).with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        yield new
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_tensors(path, tensors, text):
+    """Write {name: CPU tensor} and a text to a safetensors file that tensors reads; whole, or not at all."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    content = save(tensors, metadata={"ctbprn": text, "sha256": digest(tensors, text)})
+    with whole(path) as new, open(new, "wb") as file:  # save_file's own files are 0600, whatever the umask
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def tensors(path):
+    """({name: CPU tensor}, text) of a file of write_tensors; none of the values has been looked at."""
+    from safetensors import SafetensorError, safe_open
+
+    path = _file(path)
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    if not {"ctbprn", "sha256"} <= set(metadata):
+        raise InputError(f"{path}: a safetensors file, but not one that this library wrote")
+    if digest(found, metadata["ctbprn"]) != metadata["sha256"]:
+        raise InputError(f"{path}: the tensors do not match their SHA-256; the file is damaged")
+    return found, metadata["ctbprn"]
+
+
+def digest(tensors, text):
+    """SHA-256 of names, shapes, kinds and values of {name: CPU tensor}, and of text."""
+    import torch
+
+    sha = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        sha.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
+        values = tensors[name].flatten().clone(memory_format=torch.contiguous_format)
+        sha.update(values.view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def npz(path, required, optional=()):

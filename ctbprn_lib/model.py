@@ -6,15 +6,12 @@ T tokens, F input features, d width, r router rank, L layers, C classes.
 """
 
 import json
-import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ctbprn_lib import InputError
-from ctbprn_lib.checkpoint import digest
+from ctbprn_lib import InputError, files
 
 CONFIG = ("n_features", "d", "rank", "n_areas", "n_layers", "n_classes", "n_replicas", "stem")
 
@@ -199,39 +196,22 @@ class CTBPRN(nn.Module):
         return alone
 
     def save(self, path):
-        """Write weights, configuration and a SHA-256 of the weights to a safetensors file."""
-        from safetensors.torch import save
-
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        metadata = {"ctbprn": json.dumps(self.config), "sha256": digest(state)}
-        new = Path(f"{path}.new")
-        new.write_bytes(save(state, metadata=metadata))  # save_file's own files are 0600, whatever the umask
-        os.replace(new, path)
+        """Write weights and configuration, with a SHA-256 of both, to a safetensors file."""
+        state = {name: value.detach().cpu() for name, value in self.state_dict().items()}
+        files.write_tensors(path, state, json.dumps(self.config))
 
     @classmethod
     def load(cls, path):
         """Read a model that save wrote.  Raises InputError naming the file and what is wrong with it."""
-        from safetensors import SafetensorError, safe_open
+        state, config = files.tensors(path)
 
         def refuse(what):
             raise InputError(f"{path}: {what}")
 
-        if not os.path.isfile(path):
-            refuse("there is no such file")
-        try:
-            with safe_open(str(path), "pt") as file:
-                metadata = file.metadata() or {}
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, ValueError) as error:
-            refuse(f"not a whole safetensors file ({error})")
-        if not {"ctbprn", "sha256"} <= set(metadata):
-            refuse("a safetensors file, but not one that CTBPRN.save wrote")
         if any(value.dtype != torch.float32 for value in state.values()):
             refuse("the weights must be float32")
-        if digest(state) != metadata["sha256"]:
-            refuse("the weights do not match their SHA-256; the file is damaged")
         try:  # compared before anything is built: a few bytes of configuration could ask for any amount of memory
-            config = json.loads(metadata["ctbprn"])
+            config = json.loads(config)
             whole = all(type(config[name]) is (bool if name == "stem" else int) for name in CONFIG)
             fits = whole and set(config) == set(CONFIG) and 0 < config["n_layers"] <= len(state)
             fits = fits and _shapes(**config) == {name: tuple(value.shape) for name, value in state.items()}

@@ -17,7 +17,6 @@ import torch._dynamo  # torch.optim imports it on first use: a second of import,
 from ctbprn_lib import InputError, __version__, files
 from ctbprn_lib.model import CTBPRN, draw_initial_values
 from ctbprn_lib.scoring import cross_entropy, score
-from ctbprn_lib.storage import whole
 from ctbprn_lib.tasks import RoutingTask
 from ctbprn_lib.train import Hyperparameters
 
@@ -182,7 +181,7 @@ def once(path, run, **asked):
             return kept
     path.parent.mkdir(parents=True, exist_ok=True)
     table = run()
-    with whole(path) as new:
+    with files.whole(path) as new:
         table.assign(**asked, sha256=_sha256(table)).to_csv(new, index=False)
     return table
 

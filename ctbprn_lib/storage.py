@@ -34,17 +34,6 @@ class StorageError(InputError):
     """The database cannot be used: the message names its file, or its server and name, and says why."""
 
 
-@contextmanager
-def whole(path):
-    """Yields a path to write to; the file takes the place of path when all of it is there, and is gone if it fails."""
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        yield new
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
 def study_folder(name):
     """reports/<name>; the name is confined to letters, digits, dot, dash and underscore."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ctbprn_lib import checkpoint, search, storage, train
+from ctbprn_lib import checkpoint, files, search, storage, train
 from ctbprn_lib.train import Budget, Hyperparameters, fit
 
 HP = Hyperparameters(lr=5e-3, d=8, rank=2, temperature=1.0, batch_size=8, seq_len=8)
@@ -119,10 +119,10 @@ def hostile(change):
     def rewrite(path):
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        kept, tensors = json.loads(header["__metadata__"]["checkpoint"]), load_file(path)
+        kept, tensors = json.loads(header["__metadata__"]["ctbprn"]), load_file(path)
         change(kept["about"], tensors)
         text = json.dumps(kept)
-        save_file(tensors, path, metadata={"checkpoint": text, "sha256": checkpoint.digest(tensors, text)})
+        save_file(tensors, path, metadata={"ctbprn": text, "sha256": files.digest(tensors, text)})
 
     return rewrite
 
