@@ -64,7 +64,7 @@ class ConfirmedReport(Report):
     def confirmed_results(self):
         """A table of all confirmed configurations: test scores beside tuning scores."""
         tuned = self.trials.set_index("trial")
-        header = ["Configuration", "Test accuracy (%)", "Test CE (nats)", "Routed to the true area (%; its range)",
+        header = ["Configuration", "Test accuracy (%)", "Test CE (nats)", "Routed to the true area (%; range)",
                   "Tuning accuracy (%)", "Tuning CE (nats)", *(NAMES[name] for name in self.names)]  # fmt: skip
         rows = []
         for role in self.evidence.roles:
