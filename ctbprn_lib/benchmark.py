@@ -252,7 +252,7 @@ def sizes(device):
     return {"n_replicas": many, "seq_len": (16, 32, 64, 128), "d": (16, 32, 64, 128)}
 
 
-HEADER = ("Precision", "d", "rank", "K", "T", "B", "R", "Original (ms)", "Ours (ms)", "Times as fast [least, most]",
+HEADER = ("Our precision", "d", "rank", "K", "T", "B", "R", "Original (ms)", "Ours (ms)", "Times as fast [least, most]",
           "GFLOP, MB", "Of the machine's best")  # fmt: skip
 
 

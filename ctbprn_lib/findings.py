@@ -65,7 +65,7 @@ class ConfirmedReport(Report):
     def confirmed_results(self):
         """A table of all confirmed configurations: test scores beside tuning scores."""
         tuned = self.trials.set_index("trial")
-        header = ["Configuration", "Test accuracy (%)", "Test CE (nats)", "Routed to the true area (%; its range)",
+        header = ["Configuration", "Test accuracy (%)", "Test CE (nats)", "Routed to the true area (%; range)",
                   "Tuning accuracy (%)", "Tuning CE (nats)", *(NAMES[name] for name in self.names)]  # fmt: skip
         rows = []
         for role in self.evidence.roles:
@@ -294,22 +294,21 @@ class ConfirmedReport(Report):
             return None
         reached = {name: self.evidence.group("", "role", self.best[name])[name].mean() for name in GOAL}
         points, ce = GOAL["test_accuracy"] - reached["test_accuracy"], reached["test_ce"] - GOAL["test_ce"]
-        missed = {f"accuracy by {100 * points:.1f} points": points, f"CE by {ce:.3f} nats": ce}
-        missed = [what for what, gap in missed.items() if gap > 0]
-        goal = f"This project's goal of {100 * GOAL['test_accuracy']:.1f} % and {GOAL['test_ce']} nats is"
-        word, what = "missed" if missed else "reached", " and ".join(missed) or "both"
-        return f"**{goal} {word}**: {what}. {self._longer()}".rstrip()
+        missed = [(points, f"accuracy by {100 * points:.1f} points"), (ce, f"CE by {ce:.3f} nats")]
+        missed = [what for gap, what in missed if gap > 0]
+        goal = f"This project's goal of {100 * GOAL['test_accuracy']:.1f} % and {GOAL['test_ce']} nats is "
+        goal += f"missed**: {' and '.join(missed)}" if missed else "reached**: both"
+        return f"**{goal}. {self._longer()}".rstrip()
 
     def _steps(self, base):
         """For how many steps each batch size is trained where all see equally many samples."""
-        sizes = self.evidence.levels(base, EQUAL_SAMPLES)
-        steps = [f"{self.evidence.group(base, EQUAL_SAMPLES, size)['n_steps'][0]:,} at {size:g}" for size in sizes]
+        e = self.evidence
+        steps = [f"{e.group(base, EQUAL_SAMPLES, x)['n_steps'][0]:,} at {x:g}" for x in e.levels(base, EQUAL_SAMPLES)]
         return f" (as many steps as let each see equally many samples: {', '.join(steps)})"
 
     def _equal_samples(self):
         """What the batch size does where all see equally many samples."""
-        e = self.evidence
-        found = [points for points, _ in e.moved(e.base, EQUAL_SAMPLES).values()]
+        found = [points for points, _ in self.evidence.moved(self.evidence.base, EQUAL_SAMPLES).values()]
         said = "; ".join(f"{p['a']} is {p['verdict']} ({effect(p)})" for p in found)
         said = said if {p["verdict"] for p in found} - {UNDECIDED} else "nothing is decided"
         return f" A smaller batch sees fewer samples in equally many steps; at equal samples {said}."
@@ -321,9 +320,10 @@ class ConfirmedReport(Report):
         if not levels or max(levels) < own or levels[max(levels)][1]["p_holm"] >= LEVEL:
             return ""
         points, ce = levels[max(levels)]
+        reached = percent(evidence.mean_interval(e.group(e.base, "n_steps", max(levels))["test_accuracy"]))
         return (
             f"Training longer {'lowers' if ce['effect'] < 0 else 'raises'} CE: {max(levels):,.0f} steps instead of "
-            f"{own:,} change it by {effect(ce)}; accuracy by {effect(points)} ({points['verdict']})."
+            f"{own:,} change it by {effect(ce)}; accuracy by {effect(points)} ({points['verdict']}), to {reached}."
         )
 
     def _importance_finding(self):

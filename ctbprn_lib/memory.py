@@ -108,7 +108,7 @@ def claims(rule, task, largest, on_gpu):
     )
     larger = f"a batch of {size:,} trains in {largest['free_mib']:,} MiB"
     if not on_gpu:
-        said = "no GPU here, and one would decide it; in main memory"
+        said = "no GPU here to decide it; in main memory"
         return {LITTLE_MEMORY: (UNDECIDED, f"{said} {little}"), LARGER_BATCH: (UNDECIDED, f"{said} {larger}")}
     return {LITTLE_MEMORY: (REFUTED if less > 0 else SUPPORTED, little + ": little, but not the least" * (less > 0)),
             LARGER_BATCH: (SUPPORTED if size > 32 else REFUTED, larger)}  # fmt: skip

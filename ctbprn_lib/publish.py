@@ -20,7 +20,9 @@ CSS = """body{max-width:66rem;margin:2rem auto;padding:0 1rem;font:16px/1.55 sys
 h1,h2,h3{line-height:1.25}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}img{max-width:100%;height:auto}
 table{border-collapse:collapse;display:block;overflow-x:auto;font-size:.82rem}th,td{border:1px solid #ddd;
 padding:.3rem .55rem;text-align:left;white-space:nowrap}th{background:#f4f4f4;white-space:normal}
-table:has(th:nth-child(3):last-child) td{white-space:normal}code{background:#f4f4f4;padding:0 .2em}
+table:has(th:nth-child(3):last-child) td,table:has(th:nth-child(12)) td{white-space:normal}
+table:has(th:nth-child(12)){font-size:.76rem}table:has(th:nth-child(12)) :is(td,th){padding:.3rem}
+code{background:#f4f4f4;padding:0 .2em}
 pre{background:#f4f4f4;padding:.6rem;white-space:pre-wrap}pre code{padding:0}.anchor-link{display:none}"""
 PAGE = """{%- extends 'basic/index.html.j2' -%}
 {%- block header -%}<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">

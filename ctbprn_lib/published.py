@@ -6,6 +6,7 @@ A trial is one seed: five steps, each followed by a fresh batch of at most 32 sa
 
 import hashlib
 import io
+import time
 from contextlib import suppress
 
 import numpy as np
@@ -125,6 +126,21 @@ def reproduced(table):
     return pd.DataFrame({name: (ours[name] - theirs[name]).abs() < 0.5001 * 10.0**-n for name, n in DIGITS.items()})
 
 
+def answer(cpu, gpu=None):
+    """Whether this is the published system, as far as reproduced(...) of a CPU's and of a GPU's run can say."""
+    settings, scores = list(cpu.columns[2:]), list(cpu.columns[:2])
+    drawn, n = cpu.loc[:4, settings].to_numpy(), cpu[scores].size
+    said = (
+        f"**The search is {'' if drawn.all() else 'not '}the published one**: {drawn.sum()} of the {drawn.size} "
+        "hyperparameters that it draws before it looks at a score are the same. "
+        f"**Of the {n} scores {cpu[scores].to_numpy().sum()} are the same on a CPU**, whose random numbers are others "
+        "than those of the original's CUDA GPU"
+    )
+    if gpu is None:
+        return f"{said}; whether the scores come back can be seen on such a GPU alone, which this run had not."
+    return f"{said}; on the CUDA GPU of this run {gpu[scores].to_numpy().sum()} of {n} come back."
+
+
 def hyperparameters(number):
     """The Hyperparameters of a published trial, as printed in the report."""
     row = TABLE.loc[number]
@@ -184,6 +200,19 @@ def once(path, run, **asked):
     with files.whole(path) as new:
         table.assign(**asked, sha256=_sha256(table)).to_csv(new, index=False)
     return table
+
+
+def minutes(folder, spent):
+    """The minutes of a run, in words, and of the earlier ones that left tables in folder, where their sum is kept."""
+    path, before = folder / "minutes.txt", 0.0
+    with suppress(OSError, ValueError):
+        before = float(path.read_text())
+    before = before if 0 < before < 1e5 else 0.0  # damaged
+    earlier = any(table.stat().st_mtime < time.time() - 60 * spent for table in folder.glob("*.csv"))
+    with whole(path) as new:
+        new.write_text(f"{before + spent:.2f}\n")
+    said = f" ({'with' if before else 'without'} those of earlier runs, whose tables were there)"
+    return f"{before + spent:.0f} minutes" + said * earlier
 
 
 def scores_of_seeds(path):

@@ -225,6 +225,9 @@ def test_the_winners_curse_the_goal_and_the_rule_are_recomputed(folder, tables):
     missed[f"CE by {ce - 0.02:.3f} nats"] = ce > 0.02
     assert all((what in text) == so for what, so in missed.items())
     assert f"scores {100 * tables['about']['baselines']['linear rule']:.1f} %" in text
+    longest = runs[(runs["base"] == base_of(tables)) & (runs["factor"] == "n_steps")]["level"].max()
+    reached = said(interval(of_level(tables, base_of(tables), "n_steps", longest, "test_accuracy")))
+    assert f", to {reached}." in text and f"{longest:,.0f} steps instead of" in text
 
 
 @pytest.mark.parametrize("folder", ["invented"], indirect=True)

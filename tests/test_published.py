@@ -1,5 +1,6 @@
 """The original protocol against the reference table, the plain loop, and simulation."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,27 @@ def test_training_goes_on_from_where_the_protocol_stops():
     assert grown["step"].tolist() == [5] * 3 + [7] * 3 and grown["seed"].tolist() == [0, 1, 2] * 2
     five = published.seed_scores(HP, range(3), n_samples=64, portion=3)
     assert grown["test_accuracy"][:3].tolist() == five["test_accuracy"].tolist()
+
+
+def test_what_the_page_answers_is_what_its_numbers_say(study):
+    same = published.reproduced(study)
+    n = same[["val_accuracy", "ce_loss"]].to_numpy().sum()
+    said = published.answer(same)
+    assert "The search is the published one**: 30 of the 30 hyperparameters" in said
+    assert f"Of the 20 scores {n} are the same on a CPU" in said and "which this run had not" in said
+    gpu = same | True
+    assert "on the CUDA GPU of this run 20 of 20 come back" in published.answer(same, gpu)
+    assert "is not the published one**: 0 of the 30" in published.answer(same & False)
+
+
+def test_minutes_are_those_of_all_runs_whose_tables_are_there(tmp_path):
+    assert published.minutes(tmp_path, 3) == "3 minutes"
+    table = tmp_path / "table.csv"
+    table.write_text("x")
+    os.utime(table, (0, 0))
+    assert published.minutes(tmp_path, 2) == "5 minutes (with those of earlier runs, whose tables were there)"
+    (tmp_path / "minutes.txt").write_text("damaged")
+    assert published.minutes(tmp_path, 2) == "2 minutes (without those of earlier runs, whose tables were there)"
 
 
 def test_a_table_is_made_once_for_what_it_depends_on(tmp_path):

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from ctbprn_lib import InputError, figures, report, scoring, search, storage, tasks
+from ctbprn_lib import InputError, evidence, figures, report, scoring, search, storage, tasks
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.train import Budget
 
@@ -220,6 +220,25 @@ def test_the_readme_says_what_the_committed_report_says():
     assert f"{trials[1]} trials (" in best and f"of {trials[2]} steps" in best
     coin = re.search(r"78.1 % in (\d+\.\d) %", " ".join(measured.split()))[1]
     assert f"**{coin} % [" in (ROOT / "reports" / "reproduce" / "report.md").read_text()
+
+
+def test_the_readme_says_what_two_thousand_steps_reach_and_how_the_saved_network_routes():
+    readme, folder = " ".join((ROOT / "README.md").read_text().split()), ROOT / "reports" / "ctbprn"
+    runs = pd.read_csv(folder / "confirmed.csv")
+    long = runs[(runs["factor"] == "n_steps") & (runs["level"] == 2000)]
+    scores, row = long["test_accuracy"], long.iloc[0]
+    mean, low, high = (100 * x for x in evidence.mean_interval(scores.to_numpy()))
+    shape = f"d {row['d']}, rank {row['rank']}, {row['seq_len']} tokens, batch {row['batch_size']}, lr {row['lr']}, "
+    assert f"At 2,000 steps ({shape}temperature {row['temperature']}) {len(long)} replicas" in readme
+    assert f"**{mean:.1f} % [{low:.1f}, {high:.1f}]** of 8,192 test samples" in readme and mean >= 98
+    assert json.loads((folder / "about.json").read_text())["n_test"] == 8192
+    assert f"at least 0.98](reports/ctbprn/confirmed.csv) (mean {scores.mean():.4f}; {sum(scores >= 0.98)} of" in readme
+    saved = json.loads((folder / "best_ce.json").read_text())["weights"]
+    assert f"gets {100 * saved['test_accuracy']:.1f} % of the test samples right" in readme
+    assert f"routes only {100 * saved['route_accuracy']:.1f} % of them" in readme
+    counts = pd.read_csv(folder / "claims.csv")["verdict"].value_counts()
+    said = f"{len(pd.read_csv(folder / 'claims.csv'))} claims {counts['supported']} are supported, all by the same two"
+    assert said in readme and f"{counts['refuted']} are refuted, {counts['undecided']} undecided" in readme
 
 
 def test_the_readmes_four_lines_load_the_best_network(monkeypatch):
