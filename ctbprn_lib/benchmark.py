@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ctbprn_lib import InputError
-from ctbprn_lib.device import out_of_memory, precision_context, resolve_device, resolve_precision
+from ctbprn_lib.device import device_name, out_of_memory, precision_context, resolve_device, resolve_precision
 from ctbprn_lib.tasks import RoutingTask
 from ctbprn_lib.train import Budget, Hyperparameters, Training, fit
 
@@ -271,16 +271,10 @@ def cells(row):
     ]
 
 
-def name_of(device):
-    """The GPU, or how many threads of the CPU."""
-    n = torch.get_num_threads()
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {n} thread{'s' * (n > 1)}"
-
-
 def main(device="auto", shapes=SHAPES, grow=None):
     """Print the tables: each replica-step in milliseconds, then throughput as sizes grow."""
     where = resolve_device(device)
-    print(f"torch {torch.__version__}; {name_of(where)}\n")
+    print(f"torch {torch.__version__}; {device_name(where)}\n")
     for row in (HEADER, ["---"] * len(HEADER)):
         print("|", " | ".join(row), "|")
     for precision in dict.fromkeys((resolve_precision("auto", where), "fp32")):

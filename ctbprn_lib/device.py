@@ -38,6 +38,14 @@ def resolve_device(device):
     return resolved
 
 
+def device_name(device):
+    """The GPU's name, or "CPU, n threads"."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    n = torch.get_num_threads()
+    return f"CPU, {n} thread{'s' * (n > 1)}"
+
+
 def resolve_precision(precision, device):
     """What "auto" stands for: tf32 on a GPU, bf16 on a CPU that multiplies in it (twice as fast), else fp32.
 

@@ -14,8 +14,8 @@ import torch
 from IPython import get_ipython
 
 from ctbprn_lib import InputError, __version__
-from ctbprn_lib.device import PRECISIONS, resolve_device
-from ctbprn_lib.search import OBJECTIVES, PRUNERS, SAMPLERS, commit, device_name
+from ctbprn_lib.device import PRECISIONS, device_name, resolve_device
+from ctbprn_lib.search import OBJECTIVES, PRUNERS, SAMPLERS, commit
 from ctbprn_lib.storage import storage_url, study_folder
 
 AT_LEAST_ONE = {"n_trials", "n_steps", "n_replicas", "d", "rank", "batch_size", "n_samples", "max_steps", "n_top"}

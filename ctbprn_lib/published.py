@@ -209,7 +209,7 @@ def minutes(folder, spent):
         before = float(path.read_text())
     before = before if 0 < before < 1e5 else 0.0  # damaged
     earlier = any(table.stat().st_mtime < time.time() - 60 * spent for table in folder.glob("*.csv"))
-    with whole(path) as new:
+    with files.whole(path) as new:
         new.write_text(f"{before + spent:.2f}\n")
     said = f" ({'with' if before else 'without'} those of earlier runs, whose tables were there)"
     return f"{before + spent:.0f} minutes" + said * earlier

@@ -20,7 +20,7 @@ import torch
 import torch._dynamo  # torch.optim imports it in the first training: Ctrl-C amid an import is another error
 
 from ctbprn_lib import InputError, __version__, checkpoint, files, storage, workers
-from ctbprn_lib.device import out_of_memory
+from ctbprn_lib.device import device_name, out_of_memory
 from ctbprn_lib.evidence import mean_interval
 from ctbprn_lib.storage import connect, locked, storage_url, study_folder
 from ctbprn_lib.train import Hyperparameters, fit
@@ -321,14 +321,6 @@ def commit():
         return git("rev-parse", "--short=10", "HEAD").strip() + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def device_name(device):
-    """The GPU's name, or "CPU, n threads"."""
-    if str(device).startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    n = torch.get_num_threads()
-    return f"CPU, {n} thread{'s' * (n > 1)}"
 
 
 def provenance():
