@@ -83,14 +83,14 @@ def begin(study, n_trials):
                 return None
             if n_finished + n_running < n_trials:
                 trial = study.ask()
+                if not still_locked():  # others may have begun as many meanwhile; not signed, it is lost at the next look
+                    continue
                 try:
                     study._storage.record_heartbeat(trial._trial_id)
                     trial.set_user_attr("worker", _worker())
-                except UpdateFinishedTrialError:  # by another, because the lock was lost
+                except UpdateFinishedTrialError:  # by another, because the lock was lost just now
                     continue
-                if still_locked():
-                    return trial
-                continue
+                return trial
         if pause == POLL:
             print(f"waiting for {n_running} trials that others run", file=sys.stderr, flush=True)
         time.sleep(pause * random.uniform(0.5, 1))

@@ -102,7 +102,7 @@ def check_exact(trials, n_trials):
         again = [t for t in trials if t.number > trial.number and workers.first_try(t) == workers.first_try(trial)]
         lost = trial.state == TrialState.FAIL
         signed = "worker" in trial.user_attrs  # one that a worker did not know of, or let go, need not be tried again
-        assert (lost or not again) and (not (lost and signed) or again)
+        assert (lost or not again) and (not (lost and signed) or again), (trial, trials)
         assert not lost or trial.user_attrs["failure"] == workers.LOST
         assert all(trial.params.items() <= t.params.items() for t in again)
 

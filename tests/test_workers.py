@@ -161,4 +161,5 @@ def test_a_trial_begun_without_the_lock_is_given_back(server, monkeypatch):
     trial = workers.begin(study, 1)
     assert workers.first_try(trial) == 0 and trial.number == 1
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.RUNNING]
+    assert ["worker" in t.user_attrs for t in study.trials] == [False, True]
     kept.engine.dispose()
