@@ -30,7 +30,8 @@ def too_large(n_bytes, of):
 @contextmanager
 def whole(path):
     """Yields a path to write to; the file takes the place of path when all of it is there, and is gone if it fails."""
-    new = Path(path).with_name(f".{path.name}.{os.getpid()}.new")
+    path = Path(path)
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         yield new
         os.replace(new, path)

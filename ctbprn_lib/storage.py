@@ -56,9 +56,9 @@ def storage_url(name, storage=""):
     storage = storage or os.environ.get("CTBPRN_STORAGE", "").strip()  # a Secret made from a file ends in a newline
     storage = storage or f"sqlite:///{study_folder(name) / 'optuna_studies' / 'ctbprn_study.db'}"
     url = _parsed(storage)
-    if url.get_backend_name() != "sqlite":
-        return storage
-    return url.set(database=str(REPORTS.parent / url.database)).render_as_string()
+    if url.get_backend_name() == "sqlite" and not os.path.isabs(url.database):
+        return storage.replace(":///", f":///{REPORTS.parent}/", 1)
+    return storage
 
 
 def _parsed(url):

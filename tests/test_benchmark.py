@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,11 +39,31 @@ def test_fewer_bytes_are_moved_in_bf16():
     assert flop == same and half < 0.8 * full
 
 
-def test_ours_is_compared_with_the_original_in_turns():
-    row, second = benchmark.against_the_original([(HP, 2, 3), (HP, 3, 1)], n_runs=3, device="cpu", precision="fp32")
-    assert (row["d"], row["n_areas"], row["n_replicas"], second["n_areas"]) == (8, 2, 3, 3)
-    assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"] and min(list(row.values())[1:]) > 0
-    assert row["baseline_ms"] / row["ours_ms"] == pytest.approx(row["ratio"], rel=1) and row["gflop"] < second["gflop"]
+def test_ours_is_compared_with_the_original_in_turns(monkeypatch):
+    taken, seconds = [], benchmark._seconds
+
+    def kept(function, n, device=None):
+        took = seconds(function, n, device)
+        taken.append((device, took / n))
+        return took
+
+    monkeypatch.setattr(benchmark, "_seconds", kept)
+    small, row = benchmark.against_the_original([(HP, 3, 1), (HP, 2, 3)], n_runs=3, device="cpu", precision="fp32")
+    assert (row["d"], row["n_areas"], row["n_replicas"], small["n_areas"]) == (8, 2, 3, 3)
+    assert [device is None for device, _ in taken[-6:]] == 3 * [True, False]  # the original's, ours, and so on
+    original, ours = (1000 * np.array([step for _, step in taken[start::2]]) for start in (-6, -5))
+    ratios = original / (ours / 3)
+    assert (row["baseline_ms"], row["ours_ms"]) == pytest.approx((np.median(original), np.median(ours) / 3))
+    found = [row[name] for name in ("ratio_low", "ratio", "ratio_high")]
+    assert found == pytest.approx([min(ratios), np.median(ratios), max(ratios)])
+    for one in (small, row):
+        assert 0 < one["ratio_low"] <= one["ratio"] <= one["ratio_high"] and min(list(one.values())[1:]) > 0
+        flop, moved = benchmark.work(HP, tasks.RoutingTask(one["n_areas"], 8, 6), "fp32")
+        assert (1e9 * one["gflop"], 1e6 * one["mbyte"]) == pytest.approx((flop, moved))
+    for share, amount in (("arithmetic_share", "gflop"), ("memory_share", "mbyte")):  # of the same machine's best
+        best = [one[amount] / one[share] / one["ours_ms"] for one in (small, row)]
+        assert best[0] == pytest.approx(best[1])
+    assert row["gflop"] < small["gflop"]
 
 
 def test_throughput_is_measured_for_every_size_that_fits(monkeypatch):

@@ -13,18 +13,29 @@ import yaml
 from scipy import stats
 from scipy.special import expit, logit
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 from test_report import References, made
 
 from ctbprn_lib import findings, report, search, simulate, storage, tasks
 from ctbprn_lib.verdicts import BETTER, REFUTED, SAME, SUPPORTED, UNDECIDED, WORSE
 
 EFFECTS = {("d", 32): -0.03, ("rank", 4): -0.02, ("n_steps", 1000): 0.02, ("seq_len", 32): -0.1}
+WORLDS = {
+    "invented": dict(effects=EFFECTS),
+    # what is above is below here: the rule, the tuning scores, the CE of the longest training and a smaller batch;
+    # and rank 8 is within a point by accuracy, but worse by CE
+    "opposite": dict(
+        effects={("d", 16): -0.03, ("rank", 2): -0.03, ("rank", 4): -0.02, ("rank", 8): -0.005, ("batch_size", 4): 0.03,
+                 ("n_steps", 1000): -0.03}, spread=0.005, accuracy=0.72),
+}  # fmt: skip
 
 
-def confirmed(n_seeds=8, name="made", effects=EFFECTS, spread=0.07):
+def confirmed(n_seeds=8, name="made", effects=EFFECTS, spread=0.07, accuracy=simulate.ACCURACY):
     """Invented confirmed scores beside an invented study, kept as confirm.ipynb keeps them."""
     study = search.load_study(name)
-    runs = simulate.runs(n_seeds, np.random.default_rng(3), effects, spread=spread)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulate, "ACCURACY", accuracy)
+        runs = simulate.runs(n_seeds, np.random.default_rng(3), effects, spread=spread)
     kept = optuna.create_study(study_name=f"{name}/confirm", storage=study._storage)
     plan, keys = [], {}
     for (role, base, factor, level), rows in runs.groupby(["role", "base", "factor", "level"], dropna=False):
@@ -45,13 +56,13 @@ def confirmed(n_seeds=8, name="made", effects=EFFECTS, spread=0.07):
     kept.set_user_attr("about", about | {"largest_batch": {"batch_size": 4096, "free_mib": 9000, "tried_twice": True}})
 
 
-def invented(root):
-    """(folder, pieces) of a report on a study where four levels matter."""
+def invented(root, **world):
+    """(folder, pieces) of a report on a study where a few levels matter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "REPORTS", root)
         patch.delenv("CTBPRN_STORAGE", raising=False)
         made(None, failed=False)
-        confirmed()
+        confirmed(**world)
         found = findings.load("made")
         return found.folder, {name: getattr(found, name)() for name in PIECES}
 
@@ -66,9 +77,11 @@ def committed():
     return place, pieces | {"summary": parts[0], "confirmed_results": confirmed_results, "ablation": ablation}
 
 
-@pytest.fixture(scope="module", params=["invented", "committed"])
+@pytest.fixture(scope="module", params=[*WORLDS, "committed"])
 def folder(request, tmp_path_factory):
-    return invented(tmp_path_factory.mktemp("reports")) if request.param == "invented" else committed()
+    if request.param in WORLDS:
+        return invented(tmp_path_factory.mktemp("reports"), **WORLDS[request.param])
+    return committed()
 
 
 PIECES = ("raw_data", "summary", "best_parameters", "confirmed_results", "ablation", "claims", "key_findings",
@@ -221,16 +234,53 @@ def test_the_winners_curse_the_goal_and_the_rule_are_recomputed(folder, tables):
     gaps = 100 * np.array([trials[int(role.split()[1])] - means.loc[role, "test_accuracy"] for role in ours])
     half = stats.t.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / len(gaps) ** 0.5
     ends = f"[{gaps.mean() - half:+.1f}, {gaps.mean() + half:+.1f}]"
+    shown = "" if gaps.mean() > half else " is not shown"
+    assert f"**The winner's curse{shown}**: tuning" in text
     assert f"lay {gaps.mean():+.1f} {ends} accuracy points" in text
     assert f"over {len(gaps)} trials, and {gaps.max():+.1f} at most" in text
     accuracy, ce = means["test_accuracy"].max(), means["test_ce"].min()
     missed = {f"accuracy by {100 * (0.995 - accuracy):.1f} points": accuracy < 0.995}
     missed[f"CE by {ce - 0.02:.3f} nats"] = ce > 0.02
     assert all((what in text) == so for what, so in missed.items())
-    assert f"scores {100 * tables['about']['baselines']['linear rule']:.1f} %" in text
+    assert f" nats is {'missed' if any(missed.values()) else 'reached'}**: " in text
+    rule, n_test = tables["about"]["baselines"]["linear rule"], tables["about"]["n_test"]
+    _, *ends = interval(of_role(tables, means["test_accuracy"].idxmax(), "test_accuracy"))
+    ends += proportion_confint(round(n_test * accuracy), n_test, method="wilson")
+    word = "above" if rule < min(ends) else "below" if rule > max(ends) else "not distinguishable from"
+    assert f"**The best accuracy is {word} the linear rule**, which scores {100 * rule:.1f} %" in text
     longest = runs[(runs["base"] == base_of(tables)) & (runs["factor"] == "n_steps")]["level"].max()
     reached = said(interval(of_level(tables, base_of(tables), "n_steps", longest, "test_accuracy")))
     assert f", to {reached}." in text and f"{longest:,.0f} steps instead of" in text
+
+
+def moved(tables, factor):
+    """(own level, {score: one row a level against it, by level}) of the ablation of a factor."""
+    t = tables["comparisons"]
+    t = t[(t["kind"] == "ablation") & (t["base"] == base_of(tables)) & (t["factor"] == factor)]
+    t = t.assign(level=t["a"].astype(float)).sort_values("level")
+    return of_role(tables, base_of(tables), factor)[0], dict(iter(t.groupby("score")))
+
+
+def test_what_the_longest_training_does_is_said_where_it_is_decided(folder, tables):
+    own, rows = moved(tables, "n_steps")
+    ce = rows["test_ce"].iloc[-1]
+    word, decided = "lowers" if ce["effect"] < 0 else "raises", ce["level"] > own and ce["p_holm"] < 0.05
+    said = f"Training longer {word} CE: {ce['level']:,.0f} steps instead of {own:,} change it by {ce['effect']:+.3f} ["
+    for text in (folder[1]["key_findings"], folder[1]["recommendations"]):
+        assert text.count("Training longer") == text.count(said) == decided
+
+
+def test_the_smallest_level_that_loses_nothing_is_said_to_cost_less(folder, tables):
+    expected = []
+    for factor in ("d", "rank", "batch_size", "seq_len"):
+        own, rows = moved(tables, factor)
+        points, ce = (rows[score].set_index("level") for score in ("test_accuracy", "test_ce"))
+        good = points.index[(points.index < own) & points["verdict"].isin([SAME, BETTER]) & (ce["verdict"] != WORSE)]
+        if len(good):
+            what, effect = findings.FACTORS[factor], 100 * points.loc[good[0], "effect"]
+            expected.append(f"- {what} {good[0]:g} instead of {own:g} costs less: {effect:+.1f}")
+    lines = [line for line in folder[1]["recommendations"].splitlines() if "costs less" in line]
+    assert [line.split(" [")[0] for line in lines] == expected
 
 
 @pytest.mark.parametrize("folder", ["invented"], indirect=True)

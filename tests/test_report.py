@@ -14,6 +14,7 @@ import optuna
 import pandas as pd
 import pytest
 from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
 
 from ctbprn_lib import InputError, evidence, figures, report, scoring, search, storage, tasks
 from ctbprn_lib.model import CTBPRN
@@ -22,8 +23,8 @@ from ctbprn_lib.train import Budget
 ROOT = Path(__file__).parent.parent
 
 
-def made(reports, n_trials=14, n_replicas=3, name="made", failed=True, **asked):
-    """A study with invented scores: CE falls with lr, and nothing else matters."""
+def made(reports, n_trials=14, n_replicas=3, name="made", failed=True, slope=-0.08, **asked):
+    """A study with invented scores: CE falls with lr (or rises, with slope), and accuracy grows with the rank too."""
     task = tasks.RoutingTask()
     budget = Budget(100, n_replicas)
     study = search.open_study(
@@ -34,12 +35,12 @@ def made(reports, n_trials=14, n_replicas=3, name="made", failed=True, **asked):
         trial = study.ask()
         hp = search.suggest(trial, search.default_space(task))
         trial.suggest_float(search.PLACEBO, 0, 1)
-        ce = 0.5 - 0.08 * np.log10(hp.lr / 1e-4) + rng.normal(0, 0.01, (2, n_replicas)) + [[0.2], [0]]
-        accuracy = 1 - ce / 2
+        ce = 0.5 + slope * np.log10(hp.lr / 1e-4) + rng.normal(0, 0.01, (2, n_replicas)) + [[0.2], [0]]
+        accuracy = 1 - ce / 2 + hp.rank / 1000  # so that the best by it is not the best by CE
         kept = {"val_ce": ce[-1].mean(), "val_accuracy": accuracy[-1].mean(), "steps": [50, 100],
                 "curves": {"val_ce": ce.tolist(), "val_accuracy": accuracy.tolist(), "train_ce": ce.tolist()},
                 "n_diverged": 0, "train_seconds": float(rng.uniform(5, 50)), "step_time_ms": 3.0, "samples_seen": 100,
-                "peak_mem_mib": float(rng.uniform(50, 500)), "n_parameters": 1000, "device": "CPU, 1 threads",
+                "peak_mem_mib": float(rng.uniform(50, 500)), "n_parameters": 1000 * hp.d, "device": "CPU, 1 threads",
                 "torch": "2", "optuna": "5", "python": "3", "commit": "abc"}  # fmt: skip
         for key, value in kept.items():
             trial.set_user_attr(key, value)
@@ -65,12 +66,31 @@ def numbers(text):
     return [float(x) for x in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", text)]
 
 
-def test_every_number_of_the_findings_is_recomputed_from_the_csv(folder):
-    made(folder)
-    r = report.Report("made")
-    r.raw_data()
-    csv = pd.read_csv(folder / "made" / "optuna_results_detailed.csv")
-    done = csv[csv["state"] == "complete"]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(report, complete trials of its CSV) of a made study."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "REPORTS", tmp_path_factory.mktemp("reports"))
+        patch.delenv("CTBPRN_STORAGE", raising=False)
+        made(None)
+        r = report.Report("made")
+        r.raw_data()
+    csv = pd.read_csv(r.folder / "optuna_results_detailed.csv")
+    return r, csv[csv["state"] == "complete"]
+
+
+def like_the_best(done):
+    """The other complete trials that Welch's test, Holm-adjusted by hand, does not tell from the best by CE."""
+    replicas = done.set_index("trial")[[f"val_ce_{i}" for i in range(3)]]
+    best = done.loc[done["val_ce"].idxmin(), "trial"]
+    others = replicas.drop(index=best)
+    raw = others.apply(lambda row: stats.ttest_ind(row, replicas.loc[best], equal_var=False).pvalue, axis=1)
+    told = raw.sort_values() * np.arange(len(raw), 0, -1) < 0.05
+    return sorted(told.index[~told.cummin()])
+
+
+def test_every_number_of_the_findings_is_recomputed_from_the_csv(whole):
+    r, done = whole
     best, accurate = done.loc[done["val_ce"].idxmin()], done.loc[done["val_accuracy"].idxmax()]
     text = r.key_findings()
     first = text.splitlines()[0]
@@ -78,18 +98,10 @@ def test_every_number_of_the_findings_is_recomputed_from_the_csv(folder):
     accuracy = [100 * best[f"val_accuracy{end}"] for end in ("", "_low", "_high")]
     expected = [1, best["trial"], *np.round(ce, 3), *np.round(accuracy, 1)]
     assert numbers(first)[: len(expected)] == pytest.approx(expected, abs=0.0501)
-    assert f"number {accurate['trial']}" in first or "and by accuracy" in first
-    replicas = done[[f"val_ce_{i}" for i in range(3)]].to_numpy()
-    others = [i for i in range(len(done)) if done.iloc[i]["trial"] != best["trial"]]
-    top = done.index.get_loc(best.name)
-    raw = np.array([stats.ttest_ind(replicas[i], replicas[top], equal_var=False).pvalue for i in others])
-    ranked = np.argsort(raw)
-    rejected = np.zeros(len(raw), bool)
-    for step, i in enumerate(ranked):
-        if raw[i] * (len(raw) - step) >= 0.05:
-            break
-        rejected[i] = True
-    assert numbers(text.splitlines()[1])[1:3] == [(~rejected).sum(), len(others)]
+    assert f"by accuracy it is number {accurate['trial']} (" in first and accurate["trial"] != best["trial"]
+    same = like_the_best(done)
+    assert numbers(text.splitlines()[1])[1:3] == [len(same), len(done) - 1]
+    assert text.splitlines()[1].endswith(f": {', '.join(map(str, same))}.")
     rho = stats.spearmanr(done["lr"], done["val_ce"]).statistic  # nothing was pruned, so the rank is that of CE
     trend = next(line for line in text.splitlines() if "Learning rate: larger values go with better trials" in line)
     assert f"{rho:+.2f}" in trend
@@ -97,22 +109,77 @@ def test_every_number_of_the_findings_is_recomputed_from_the_csv(folder):
     assert "Router rank" in undecided and "Learning rate" not in undecided
 
 
-def test_the_table_holds_every_trial_rounded_as_people_read(folder):
-    made(folder)
-    text = report.Report("made").all_trials()
+def test_the_best_parameters_under_a_title_are_those_of_the_trial_that_is_best_by_it(whole):
+    r, done = whole
+    _, by_accuracy, by_ce = r.best_parameters().split("### For Best ")
+    for text, title, trial in (
+        (by_accuracy, "Validation Accuracy", done.loc[done["val_accuracy"].idxmax()]),
+        (by_ce, "CE Loss", done.loc[done["val_ce"].idxmin()]),
+    ):
+        assert text.startswith(f"{title} (trial {trial['trial']})\n")
+        assert f"**Validation accuracy**: {100 * trial['val_accuracy']:.1f} % [" in text
+        assert f"**Validation CE**: {trial['val_ce']:.3f} [" in text
+        for name in r.names:
+            assert f"- **{report.NAMES[name]}**: {report.value(name, trial[name])}" in text.splitlines()
+
+
+@pytest.mark.parametrize(("rule", "named"), [("linear rule", "the linear rule"), ("chance", "chance")])
+def test_a_rule_is_above_or_below_the_best_accuracy_only_outside_both_its_intervals(whole, monkeypatch, rule, named):
+    r, done = whole
+    best = done.loc[done["val_accuracy"].idxmax()]
+    samples = proportion_confint(round(2048 * best["val_accuracy"]), 2048, method="wilson")
+    lows, highs = zip(samples, best[["val_accuracy_low", "val_accuracy_high"]], strict=True)
+    between = "not distinguishable from"
+    for level, word in ((min(lows) - 0.001, "above"), (np.mean(lows), between), (best["val_accuracy"], between),
+                        (np.mean(highs), between), (max(highs) + 0.001, "below")):  # fmt: skip
+        monkeypatch.setattr(r, "baselines", {rule: level, "chance": level})
+        said = [line for line in r.key_findings().splitlines() if ". **The best accuracy is " in line]
+        assert len(said) == 1 and f"is {word} {named}**, which scores {100 * level:.1f} % on test" in said[0]
+        assert "2,048 validation samples leave it [{:.1f}, {:.1f}]".format(*(100 * x for x in samples)) in said[0]
+
+
+def test_the_cheapest_trial_that_cannot_be_told_from_the_best_is_named(whole):
+    r, done = whole
+    done = done.set_index("trial")
+    cost = done["n_parameters"] * done["batch_size"] * done["seq_len"]
+    best, cheapest = done["val_ce"].idxmin(), cost[like_the_best(done.reset_index())].idxmin()
+    assert cost[cheapest] < 0.9 * cost[best]  # or there would be nothing to say
+    said = f"Trial {cheapest} cannot be told from it by CE and costs {100 * cost[cheapest] / cost[best]:.0f} % as much"
+    assert said in r.recommendations() and f"Start from trial {best}: " in r.recommendations()
+
+
+def test_the_table_holds_every_trial_rounded_as_people_read(whole):
+    text = whole[0].all_trials()
     rows = [line for line in text.splitlines() if re.match(r"\| \d", line)]
     assert len(rows) == 14
     assert not re.search(r"\d\.\d{6}", text)
     assert "&#60;b&#62;" in text and "<b>" not in text
 
 
-def test_a_recommendation_needs_a_decided_trend(folder):
-    made(folder)
+def end_of(entry, x):
+    """The end of its range that a value is the last level at, or within a twentieth of."""
+    if isinstance(entry, list):
+        return {min(entry): "lower", max(entry): "upper"}.get(x)
+    low, high, at = (np.log(y) if entry.get("log") else y for y in (entry["low"], entry["high"], x))
+    share = (at - low) / (high - low)
+    return "lower" if share < 0.05 else "upper" if share > 0.95 else None
+
+
+@pytest.mark.parametrize("slope", [-0.08, 0.08])  # the best has the largest lr, and the smallest
+def test_a_recommendation_needs_a_decided_trend_and_goes_its_way(folder, slope):
+    made(folder, 16, failed=False, slope=slope)
     r = report.Report("made")
+    best, expected = r.complete.loc[r.complete["val_ce"].idxmin()], []
+    for name in r.trends.index[r.trends["p_holm"] < 0.05]:
+        falls = stats.spearmanr(r.complete[name], r.complete["val_ce"]).statistic < 0
+        word, end = ("larger", "upper") if falls else ("smaller", "lower")
+        assert f"**{report.NAMES[name]}: {word} values go with better trials**" in r.key_findings()
+        if end_of(r.space[name], best[name]) == end and not (name == "seq_len" and best[name] == 128):
+            there = f"the best value, {report.value(name, best[name])}, lies at the {end} end of its range"
+            expected.append(f"- {report.NAMES[name]}: {there}; extend it.")
     further = r.recommendations().split("### For Further Optimization")[1].split("###")[0]
-    for name, row in r.trends.iterrows():
-        said = f"{report.NAMES[name]}: the best value" in further
-        assert not said or row["p_holm"] < 0.05
+    assert [line for line in further.splitlines() if "the best value" in line] == expected
+    assert expected[0].startswith("- Learning rate: ")
     assert "Router rank" in next(line for line in further.splitlines() if "Not decided" in line)
 
 
@@ -126,7 +193,9 @@ def test_small_and_other_studies_have_every_section_too(folder, asked, n_trials,
         text = getattr(r, piece)()
         assert text and "nan" not in text, piece
     assert set(r.importance["name"]) <= {*r.names, search.PLACEBO}
-    assert len(r.running_best()) == n_trials
+    score, better = ("val_accuracy", max) if asked["objective"] == "val_accuracy" else ("val_ce", min)
+    complete = r.trials[score].where(r.trials["state"] == "complete").dropna()
+    assert list(r.running_best()) == [better(complete.loc[:number]) for number in range(n_trials)]
 
 
 def test_a_study_without_a_complete_trial_says_why(folder):

@@ -62,9 +62,10 @@ def test_a_url_without_a_password_is_taken(reports):
     for url in (
         "postgresql://me@server/db",
         "postgresql://server:5433/db?passfile=/home/me/.pgpass",
-        "sqlite:///a@b:c.db",
+        f"sqlite:///{reports.parent}/a@b:c.db",
     ):
         assert storage.storage_url("s", url) == url
+    assert storage.storage_url("s", "sqlite:///a@b:c.db") == url
 
 
 # ---- parameters
