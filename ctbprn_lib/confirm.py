@@ -187,8 +187,7 @@ class Confirmation:
             if hasattr(self.task, "standardised"):
                 content["standardised"] = self.task.standardised
             for kind in ("test_accuracy", "test_ce"):
-                top = math.inf if kind == "test_ce" else 1
-                mean, low, high = evidence.mean_interval(_no_gaps(record, kind), top=top)
+                mean, low, high = evidence.mean_interval(_no_gaps(record, kind), nats=kind == "test_ce")
                 content[kind] = dict(mean=mean, low=low, high=high, seeds=record[kind])
             network = CTBPRN.load(made)  # scored as whoever loads it will use it, in fp32
             scores = score(network, self.task, "test", self.n_test, run.hyperparameters.seq_len)
@@ -299,8 +298,7 @@ def _train(task, run, budget, n_test, seed, device, weights=None):
     record["kept_seed"] = int(np.argmin(np.where(alive, test["val_ce"], np.inf)))
     if weights:
         weights.parent.mkdir(parents=True, exist_ok=True)
-        with files.whole(weights) as new:
-            result.model.replica(record["kept_seed"]).save(new)
+        result.model.replica(record["kept_seed"]).save(weights)
     return record
 
 

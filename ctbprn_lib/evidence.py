@@ -14,15 +14,14 @@ from ctbprn_lib import InputError
 MOST_SEEDS = 2**14  # beyond which nobody goes
 
 
-def mean_interval(scores, level=0.95, top=1.0):
-    """Mean over seeds with a t interval that stays where scores can be: from 0 to top.
+def mean_interval(scores, level=0.95, nats=False):
+    """Mean over seeds with a t interval that stays where scores can be: in [0, 1], or, if they are nats, above 0.
 
     scores: (R,) one held-out score per seed; scores that are not finite (diverged replicas) are left out.
-    level: coverage in (0, 1).  top: 1 for accuracies, math.inf for nats.
-    Returns (mean, low, high) in the units of scores.
-    Raises InputError for fewer than two finite scores, one below 0 or above top, or a level outside (0, 1).
-    Near 0 and 1 scores are skewed, and the plain interval covers too little and leaves [0, top]; so its half width h
-    becomes h / (m (1 - m)) around logit m, or h / m around log m (the delta method), which changes nothing where h is
+    level: coverage in (0, 1).  Returns (mean, low, high) in the units of scores.
+    Raises InputError for fewer than two finite scores, one where none can be, or a level outside (0, 1).
+    Near an end scores are skewed, and the plain interval covers too little and passes it; so its half width h becomes
+    h / (m (1 - m)) around logit m, or h / m around log m for nats (the delta method), which changes nothing where h is
     small.
     Source: Student (1908); coverage checked by simulation in tests/test_evidence.py.
     """
@@ -32,12 +31,14 @@ def mean_interval(scores, level=0.95, top=1.0):
         raise InputError(
             f"an interval needs at least two finite scores and a level in (0, 1), got {scores.size} and {level}"
         )
-    if scores.min() < 0 or scores.max() > top:
-        raise InputError(f"scores must lie in [0, {top:g}], got {scores.min():g} to {scores.max():g}")
+    if scores.min() < 0 or (scores.max() > 1 and not nats):
+        raise InputError(
+            f"scores must not be below 0 or, but for nats, above 1; got {scores.min():g}, {scores.max():g}"
+        )
     mean, half = scores.mean(), stats.t.ppf((1 + level) / 2, scores.size - 1) * stats.sem(scores)
     if half == 0:
         return float(mean), float(mean), float(mean)
-    if top == np.inf:
+    if nats:
         return float(mean), float(mean * np.exp(-half / mean)), float(mean * np.exp(half / mean))
     half /= mean * (1 - mean)
     return float(mean), float(expit(logit(mean) - half)), float(expit(logit(mean) + half))

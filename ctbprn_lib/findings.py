@@ -1,7 +1,6 @@
 """A confirmed study's report: the sections of report.py, written from verdicts instead of tuning scores."""
 
 import json
-import math
 
 import pandas as pd
 import yaml
@@ -250,7 +249,7 @@ class ConfirmedReport(Report):
 
     def _score(self, role, name):
         scores = self.evidence.group("", "role", role)[name]
-        interval = evidence.mean_interval(scores, top=math.inf if name == "test_ce" else 1)
+        interval = evidence.mean_interval(scores, nats=name == "test_ce")
         return percent(interval) if name == "test_accuracy" else f"{nats(interval)} nats"
 
     @staticmethod

@@ -6,7 +6,6 @@ A trial is one seed: five steps, each followed by a fresh batch of at most 32 sa
 
 import hashlib
 import io
-import time
 from contextlib import suppress
 
 import numpy as np
@@ -207,12 +206,9 @@ def minutes(folder, spent):
     path, before = folder / "minutes.txt", 0.0
     with suppress(OSError, ValueError):
         before = float(path.read_text())
-    before = before if 0 < before < 1e5 else 0.0  # damaged
-    earlier = any(table.stat().st_mtime < time.time() - 60 * spent for table in folder.glob("*.csv"))
     with files.whole(path) as new:
         new.write_text(f"{before + spent:.2f}\n")
-    said = f" ({'with' if before else 'without'} those of earlier runs, whose tables were there)"
-    return f"{before + spent:.0f} minutes" + said * earlier
+    return f"{before + spent:.0f} minutes" + " (with those of earlier runs, whose tables were there)" * (before > 0)
 
 
 def scores_of_seeds(path):

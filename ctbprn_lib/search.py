@@ -283,11 +283,11 @@ def records(study):
             kept = {name: value for name, value in kept.items() if name not in ("val_accuracy", "val_ce", "curves")}
         row, each = {"trial": trial.number, "state": trial.state.name.lower()}, {}
         curves = kept.get("curves", {})
-        for name, top in (("val_accuracy", 1), ("val_ce", math.inf)):
+        for name in ("val_accuracy", "val_ce"):
             last = or_chance(name, curves.get(name, [[]])[-1], C)
             each |= {f"{name}_{r}": value for r, value in enumerate(last)}
             row[name] = kept.get(name, math.nan)
-            ends = mean_interval(last, top=top)[1:] if last.size > 1 else (math.nan, math.nan)
+            ends = mean_interval(last, nats=name == "val_ce")[1:] if last.size > 1 else (math.nan, math.nan)
             row[f"{name}_low"], row[f"{name}_high"] = ends
         row |= {name: trial.params.get(name, math.nan) for name in (*asked["space"], PLACEBO)}
         routed = np.array(curves.get("route_accuracy", [[math.nan]])[-1], dtype=float)

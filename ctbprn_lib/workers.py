@@ -83,9 +83,7 @@ def begin(study, n_trials):
                 return None
             if n_finished + n_running < n_trials:
                 trial = study.ask()
-                if (
-                    not still_locked()
-                ):  # others may have begun as many meanwhile; not signed, it is lost at the next look
+                if not still_locked():  # others may have begun enough; it is not signed, so the next look gives it up
                     continue
                 try:
                     study._storage.record_heartbeat(trial._trial_id)

@@ -177,7 +177,7 @@ def test_the_best_are_saved_with_weights_that_load_and_score_as_the_file_says(co
         content = json.loads((folder / f"{name}.json").read_text())
         assert content["role"] == best[name].role
         assert content[metric]["seeds"] == records[confirmation.key(best[name])][metric]
-        mean, low, high = evidence.mean_interval(content[metric]["seeds"], top=1 if "acc" in metric else math.inf)
+        mean, low, high = evidence.mean_interval(content[metric]["seeds"], nats=metric == "test_ce")
         assert (content[metric]["mean"], content[metric]["low"], content[metric]["high"]) == (mean, low, high)
         model = CTBPRN.load(folder / content["weights"]["file"])
         val_ce = records[confirmation.key(best[name])]["val_ce"]

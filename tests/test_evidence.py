@@ -47,9 +47,9 @@ def test_intervals_cover_cross_entropies_too(middle, spread, n):
     """5,000 sets of CEs lognormal over seeds, around the chance of three classes and as ours are."""
     rng = np.random.default_rng(n)
     ces = middle * np.exp(spread * rng.normal(size=(5_000, n)) - spread**2 / 2)
-    hits = [low <= middle <= high for _, low, high in (evidence.mean_interval(c, top=np.inf) for c in ces)]
+    hits = [low <= middle <= high for _, low, high in (evidence.mean_interval(c, nats=True) for c in ces)]
     assert 0.93 < np.mean(hits) < 0.97
-    assert all(evidence.mean_interval(c, top=np.inf)[1] > 0 for c in ces)
+    assert all(evidence.mean_interval(c, nats=True)[1] > 0 for c in ces)
 
 
 def test_equivalence_is_shown_by_small_differences_and_many_seeds_only():
@@ -145,7 +145,7 @@ def test_holm_is_between_the_raw_and_bonferroni():
 @pytest.mark.parametrize("call", [
     lambda: evidence.mean_interval([0.9]), lambda: evidence.mean_interval([0.9, np.nan]),
     lambda: evidence.mean_interval([0.1, 0.2], 1), lambda: evidence.mean_interval([1, 2]),
-    lambda: evidence.mean_interval([-1, 2], top=np.inf), lambda: evidence.compare([1, 2], [1]),
+    lambda: evidence.mean_interval([-1, 2], nats=True), lambda: evidence.compare([1, 2], [1]),
     lambda: evidence.compare([1, 2], [1, 2, 3], paired=True),
 ])  # fmt: skip
 def test_scores_that_are_too_few_or_none_are_refused(call):

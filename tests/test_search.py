@@ -6,19 +6,12 @@ import math
 import numpy as np
 import optuna
 import pytest
+from crew import SPACE
 
 from ctbprn_lib import InputError, search, storage, tasks
 from ctbprn_lib.train import Budget
 
 BUDGET = Budget(4, 2, n_evals=2, n_validation=32)
-SPACE = {
-    "lr": {"low": 1e-3, "high": 1e-2, "log": True},
-    "d": [4, 8],
-    "rank": [2],
-    "temperature": {"low": 0.5, "high": 2.0},
-    "batch_size": [4],
-    "seq_len": [4, 8],
-}
 
 
 def run(task, n_trials, space=SPACE, budget=BUDGET, seed=0, **how):
