@@ -9,7 +9,7 @@ import re
 import sqlite3
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import optuna
@@ -158,11 +158,20 @@ for _name, _method in vars(RDBStorage).items():
 
 
 def connect(url, reading=False):
-    """The Storage at url; one worker at a time makes its file and tables, unless it is only to be read from."""
-    unlocked = reading and url.startswith("sqlite")  # its folder may be one that cannot be written to
+    """The Storage at url; one worker at a time makes its file and tables, and a reader waits for it.
+
+    A SQLite file whose folder cannot be written to can be read.
+    """
     try:
-        with nullcontext() if unlocked else locked(url):
-            return _patiently(url, lambda: Storage(url, unlocked))
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(locked(url))
+                made = False
+            except StorageError:
+                if not (reading and url.startswith("sqlite")):
+                    raise
+                made = True
+            return _patiently(url, lambda: Storage(url, made))
     except (RuntimeError, ImportError, UnicodeDecodeError) as error:  # another Optuna's; no psycopg; a damaged schema
         raise StorageError(f"{_place(url)} cannot be used: {error}") from None
 

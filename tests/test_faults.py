@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -214,6 +215,17 @@ def test_ctrl_c_on_papermill_shows_no_traceback_and_the_same_command_goes_on(pro
     with tune(project, n_finished + 1) as process:
         assert process.wait(120) == 0
     check_exact(trials_at(f"sqlite:///{project / DATABASE}"), n_finished + 1)
+
+
+def test_a_reader_waits_until_the_tables_are_made_and_makes_none_of_them(tmp_path):
+    url, read = f"sqlite:///{tmp_path / 'study.db'}", []
+    with storage.locked(url):  # as a worker that makes them has it
+        reader = threading.Thread(target=lambda: read.append(storage.connect(url, reading=True)))
+        reader.start()
+        time.sleep(0.5)
+        assert reader.is_alive() and not (tmp_path / "study.db").exists()
+    reader.join(20)
+    assert read[0].get_all_studies() == []
 
 
 def test_a_trial_that_was_lost_before_it_was_signed_is_tried_again_too(reports):
