@@ -31,6 +31,13 @@ SHAPES = (
 )
 SHAPE = ("d", "rank", "n_areas", "seq_len", "batch_size", "n_replicas")
 SECONDS = 0.4  # that one run shall last
+KINDS = {  # of operations, by torch's names for them
+    "Products": ("mm", "bmm", "baddbmm"),
+    "GELU, sigmoid": ("gelu", "gelu_backward", "sigmoid", "sigmoid_backward"),
+    "Random numbers": ("rand", "randn", "randint"),
+    "Sums, copies, the rest": (),
+    "Between operations": (),
+}
 
 
 def against_the_original(shapes=SHAPES, n_runs=7, device="auto", precision="auto"):
@@ -59,8 +66,7 @@ def against_the_original(shapes=SHAPES, n_runs=7, device="auto", precision="auto
         ratios = [baseline / ours for baseline, ours in pairs]
         ours = statistics.median(o for _, o in pairs)
         flop, moved = work(hp, task, precision, device)
-        shape = {name: getattr(hp, name, None) for name in SHAPE} | {"n_areas": n_areas, "n_replicas": R}
-        rows.append({"precision": kind} | shape | dict(
+        rows.append({"precision": kind} | _sizes(hp, n_areas, R) | dict(
             baseline_ms=statistics.median(b for b, _ in pairs), ours_ms=ours,
             ratio=statistics.median(ratios), ratio_low=min(ratios), ratio_high=max(ratios),
             gflop=flop / 1e9, mbyte=moved / 1e6,
@@ -68,6 +74,10 @@ def against_the_original(shapes=SHAPES, n_runs=7, device="auto", precision="auto
             memory_share=1000 * moved / can["byte_per_s"] / ours,
         ))  # fmt: skip
     return rows
+
+
+def _sizes(hp, n_areas, R):
+    return {name: getattr(hp, name, None) for name in SHAPE} | {"n_areas": n_areas, "n_replicas": R}
 
 
 def scaling(name, values, shape=SHAPES[2], n_runs=3, device="auto", precision="auto"):
@@ -133,6 +143,36 @@ class _Bytes(TorchDispatchMode):
             for tensor in torch.utils._pytree.tree_leaves((args, kwargs, result)):
                 if isinstance(tensor, torch.Tensor):  # broadcast ones are read from the little they hold
                     self.total += min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+        return result
+
+
+def where_time_goes(shape, precision="auto", n_steps=10):
+    """SHAPE's sizes and each of KINDS' share of a step's time on the CPU, with a clock around each operation.
+
+    The clock lengthens what lies between operations: Python, autograd and torch's choice of a kernel.
+    """
+    hp, n_areas, R = shape
+    training = _training(hp, RoutingTask(n_areas, hp.d, hp.seq_len), R, torch.device("cpu"), precision)
+    for _ in range(3):
+        training.step()
+    with _Clock() as clock:
+        whole = _seconds(lambda n: [training.step() for _ in range(n)], n_steps)
+    clock.seconds["Between operations"] = whole - sum(clock.seconds.values())
+    return _sizes(*shape) | {kind: seconds / whole for kind, seconds in clock.seconds.items()}
+
+
+class _Clock(TorchDispatchMode):
+    """Adds up the seconds of operations by their kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = dict.fromkeys(KINDS, 0.0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, started = func.overloadpacket.__name__, time.perf_counter()
+        result = func(*args, **(kwargs or {}))
+        kind = next((kind for kind, names in KINDS.items() if name in names), "Sums, copies, the rest")
+        self.seconds[kind] += time.perf_counter() - started
         return result
 
 
@@ -254,6 +294,7 @@ def sizes(device):
 
 HEADER = ("Our precision", "d", "rank", "K", "T", "B", "R", "Original (ms)", "Ours (ms)", "Times as fast [least, most]",
           "GFLOP, MB", "Of the machine's best")  # fmt: skip
+TIME_HEADER = (*HEADER[1:7], *KINDS)
 
 
 def cells(row):
@@ -271,16 +312,26 @@ def cells(row):
     ]
 
 
+def time_cells(row):
+    """A row of where_time_goes as people read it, under TIME_HEADER."""
+    return [*(row[name] for name in SHAPE), *(f"{100 * row[kind]:.0f} %" for kind in KINDS)]
+
+
+def _print(header, rows):
+    for row in (header, ["---"] * len(header), *rows):
+        print("|", " | ".join(map(str, row)), "|")
+    print()
+
+
 def main(device="auto", shapes=SHAPES, grow=None):
-    """Print the tables: each replica-step in milliseconds, then throughput as sizes grow."""
+    """Print the tables: each replica-step in milliseconds, where its time goes, then throughput as sizes grow."""
     where = resolve_device(device)
     print(f"torch {torch.__version__}; {device_name(where)}\n")
-    for row in (HEADER, ["---"] * len(HEADER)):
-        print("|", " | ".join(row), "|")
-    for precision in dict.fromkeys((resolve_precision("auto", where), "fp32")):
-        for row in against_the_original(shapes, device=device, precision=precision):
-            print("|", " | ".join(map(str, cells(row))), "|")
-    print()
+    kinds = dict.fromkeys((resolve_precision("auto", where), "fp32"))
+    compared = (against_the_original(shapes, device=device, precision=precision) for precision in kinds)
+    _print(HEADER, (cells(row) for rows in compared for row in rows))
+    if where.type == "cpu":
+        _print(TIME_HEADER, (time_cells(where_time_goes(shape)) for shape in shapes))
     for size, values in (grow or sizes(where)).items():
         for row in scaling(size, values, shapes[min(2, len(shapes) - 1)], device=device):
             print("{} {}: {:,.0f} replica-steps a second, {:,.0f} MiB".format(size, *row.values()))

@@ -1,5 +1,6 @@
 """What the benchmark counts and compares; times themselves are never asserted."""
 
+import itertools
 import subprocess
 import sys
 
@@ -18,15 +19,16 @@ def short_runs(monkeypatch):
     monkeypatch.setattr(benchmark, "SECONDS", 1e-3)
 
 
-@pytest.mark.parametrize(("K", "layers"), [(2, 1), (3, 2)])
-def test_the_operations_of_a_step_are_those_of_its_products(K, layers):
-    hp = Hyperparameters(d=8, rank=2, batch_size=4, seq_len=6, n_layers=layers)
-    B, T, F, d, r, C = 4, 6, 12, 8, 2, 2
+@pytest.mark.parametrize(("K", "r", "layers"), [(2, 2, 1), (3, 2, 2), (3, 4, 2)])
+def test_the_operations_of_a_step_are_those_of_its_products(K, r, layers):
+    hp = Hyperparameters(d=8, rank=r, batch_size=4, seq_len=6, n_layers=layers)
+    B, T, F, d, C = 4, 6, 12, 8, 2
     N = B * K * T
     stem, head = N * F * d, B * K * d * C
     controller = B * K * d * d + B * K * d * 2 * d + B * 2 * d * K
-    columns = 4 * N * d * d + N * d * r + 2 * N * K * r * d + K * 2 * d * d * K * r
-    products = stem + layers * (controller + columns) + head
+    narrow = 2 * N * K * r * d + K * 2 * d * d * K * r  # without M
+    router = N * d * r + (narrow if K * r < d else B * T * K * r * d + 2 * N * d * d)
+    products = stem + layers * (controller + router + 4 * N * d * d) + head
     flop, moved = benchmark.work(hp, tasks.RoutingTask(K, F, T), "fp32")
     assert flop == 2 * (3 * products - stem)  # the input needs no gradient
     assert moved > 4 * 2 * layers * 10 * N * d
@@ -37,6 +39,19 @@ def test_fewer_bytes_are_moved_in_bf16():
     hp = Hyperparameters(d=64, rank=4, batch_size=8, seq_len=32)
     (flop, full), (same, half) = (benchmark.work(hp, task, precision) for precision in ("fp32", "bf16"))
     assert flop == same and half < 0.8 * full
+
+
+def test_a_step_s_time_is_shared_out_among_its_operations(monkeypatch):
+    row = benchmark.where_time_goes((HP, 3, 2), "fp32")
+    assert [row[name] for name in benchmark.SHAPE] == [8, 2, 3, 6, 4, 2]
+    assert min(row[kind] for kind in benchmark.KINDS) > 0
+    ticks = itertools.count()
+    monkeypatch.setattr(
+        benchmark.time, "perf_counter", lambda: next(ticks)
+    )  # each operation, and each pause, is a tick
+    row = benchmark.where_time_goes((HP, 3, 2), "fp32")
+    assert sum(row[kind] for kind in benchmark.KINDS) == pytest.approx(1)
+    assert row["Between operations"] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_ours_is_compared_with_the_original_in_turns(monkeypatch):
@@ -101,4 +116,5 @@ benchmark.main("cpu", [(hp, 2, 2)], {"n_replicas": [1, 2], "d": [4]})
     done = subprocess.run((sys.executable, "-c", script), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "| fp32 | 4 | 1 | 2 | 4 | 2 | 2 |" in done.stdout
+    assert "| 4 | 1 | 2 | 4 | 2 | 2 |" in done.stdout.split("Between operations")[1]
     assert done.stdout.count("replica-steps a second") == 3
