@@ -39,6 +39,7 @@ def test_fewer_bytes_are_moved_in_bf16():
     hp = Hyperparameters(d=64, rank=4, batch_size=8, seq_len=32)
     (flop, full), (same, half) = (benchmark.work(hp, task, precision) for precision in ("fp32", "bf16"))
     assert flop == same and half < 0.8 * full
+    assert benchmark.work(hp, task, "tf32") == (flop, full)  # a GPU's, counted here
 
 
 def test_a_step_s_time_is_shared_out_among_its_operations(monkeypatch):
