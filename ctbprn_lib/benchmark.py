@@ -38,9 +38,8 @@ KINDS = {  # of operations, by torch's names for them
     "Products": ("mm", "bmm", "baddbmm"),
     "GELU, sigmoid": ("gelu", "gelu_backward", "sigmoid", "sigmoid_backward"),
     "Random numbers": ("rand", "randn", "randint"),
-    "Sums, copies, the rest": (),
-    "Between operations": (),
 }
+REST = "Sums, copies, all else"
 
 
 def against_the_original(shapes=SHAPES, n_runs=7, device="auto", precision="auto"):
@@ -128,14 +127,14 @@ def work(hp, task, precision="auto", device="auto"):
     if precision == "auto":
         precision = resolve_precision(precision, resolve_device(device))
     precision = "fp32" if precision == "tf32" else precision  # counted on the CPU, which has no tf32
-    training = _training(hp, task, 1, torch.device("cpu"), precision)
+    training = _training(hp, task, 1, torch.device("cpu"), precision, 1)
     with FlopCounterMode(display=False) as flops, _Bytes() as moved:
         training.step()
     return flops.get_total_flops(), moved.total
 
 
 class _Bytes(TorchDispatchMode):
-    """Counts the bytes of every operation's arguments and results; a view moves none, nor does memory merely taken."""
+    """Counts the bytes of every operation's arguments and results."""
 
     def __init__(self):
         super().__init__()
@@ -143,49 +142,56 @@ class _Bytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not view and not re.search("empty|_unsafe_view", func.overloadpacket.__name__):
+        if not _moves_nothing(func):
             for tensor in torch.utils._pytree.tree_leaves((args, kwargs, result)):
                 if isinstance(tensor, torch.Tensor):  # broadcast ones are read from the little they hold
                     self.total += min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
         return result
 
 
-def where_time_goes(shape, precision="auto", n_steps=10):
-    """SHAPE's sizes and each of KINDS' share of a step's time on the CPU, with a clock around each operation.
+def _moves_nothing(func):
+    """Whether an operation gives a view, or memory with nothing in it."""
+    view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    return view or re.search("empty|_unsafe_view|profiler", str(func)) is not None
 
-    The clock lengthens what lies between operations: Python, autograd and torch's choice of a kernel.
-    """
+
+def where_time_goes(shape, precision="auto", n_steps=10):
+    """A dict with SHAPE's sizes, operations (how many a step has), and each kind's share, KINDS and REST, of the time
+    inside the operations of a step on the CPU, each timed on its own."""
     hp, n_areas, R = shape
     training = _training(hp, RoutingTask(n_areas, hp.d, hp.seq_len), R, torch.device("cpu"), precision)
     for _ in range(3):
         training.step()
     with _Clock() as clock:
-        whole = _seconds(lambda n: [training.step() for _ in range(n)], n_steps)
-    clock.seconds["Between operations"] = whole - sum(clock.seconds.values())
-    return _sizes(*shape) | {kind: seconds / whole for kind, seconds in clock.seconds.items()}
+        for _ in range(n_steps):
+            training.step()
+    inside = sum(clock.seconds.values())
+    shares = {kind: seconds / inside for kind, seconds in clock.seconds.items()}
+    return _sizes(*shape) | {"operations": round(clock.n / n_steps)} | shares
 
 
 class _Clock(TorchDispatchMode):
-    """Adds up the seconds of operations by their kind."""
+    """Counts operations and adds up their seconds by kind; a view is none."""
 
     def __init__(self):
         super().__init__()
-        self.seconds = dict.fromkeys(KINDS, 0.0)
+        self.n, self.seconds = 0, dict.fromkeys((*KINDS, REST), 0.0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, started = func.overloadpacket.__name__, time.perf_counter()
         result = func(*args, **(kwargs or {}))
-        kind = next((kind for kind, names in KINDS.items() if name in names), "Sums, copies, the rest")
-        self.seconds[kind] += time.perf_counter() - started
+        took = time.perf_counter() - started
+        if not _moves_nothing(func):
+            self.n += 1
+            self.seconds[next((kind for kind, names in KINDS.items() if name in names), REST)] += took
         return result
 
 
-def _training(hp, task, R, device, precision):
+def _training(hp, task, R, device, precision, n_steps=10**6):
     precision = resolve_precision(precision, device)
     for _ in task.fixed("validation", 1, hp.seq_len, device):
         pass  # as in train.fit
-    training = Training(hp, task, Budget(10**5, R, n_validation=1, schedule="constant"), device, precision)
+    training = Training(hp, task, Budget(n_steps, R, n_validation=1, schedule="constant"), device, precision)
     training.start(hp, 0)
     return training
 
@@ -299,27 +305,21 @@ def sizes(device):
 
 HEADER = ("Our precision", "d", "rank", "K", "T", "B", "R", "Original (ms)", "Ours (ms)", "Times as fast [least, most]",
           "GFLOP, MB", "Of the machine's best")  # fmt: skip
-TIME_HEADER = (*HEADER[1:7], *KINDS)
+TIME_HEADER = (*HEADER[1:7], "Operations a step", *KINDS, REST)
 
 
 def cells(row):
     """A row of against_the_original as people read it, under HEADER."""
-    ratio = "{ratio:.1f} [{ratio_low:.1f}, {ratio_high:.1f}]".format(**row)
+    times = "{baseline_ms:.2f}", "{ours_ms:.3g}", "{ratio:.1f} [{ratio_low:.1f}, {ratio_high:.1f}]"
+    measured = (text.format(**row) for text in (*times, "{gflop:.2f}, {mbyte:.1f}"))
     share = f"{100 * row['arithmetic_share']:.0f} %, {100 * row['memory_share']:.0f} %"
-    times = f"{row['baseline_ms']:.2f}", f"{row['ours_ms']:.3g}"
-    return [
-        row["precision"],
-        *(row[name] for name in SHAPE),
-        *times,
-        ratio,
-        "{gflop:.2f}, {mbyte:.1f}".format(**row),
-        share,
-    ]
+    return [row["precision"], *(row[name] for name in SHAPE), *measured, share]
 
 
 def time_cells(row):
     """A row of where_time_goes as people read it, under TIME_HEADER."""
-    return [*(row[name] for name in SHAPE), *(f"{100 * row[kind]:.0f} %" for kind in KINDS)]
+    shares = (f"{100 * row[kind]:.0f} %" for kind in (*KINDS, REST))
+    return [*(row[name] for name in SHAPE), f"{row['operations']:,}", *shares]
 
 
 def _print(header, rows):

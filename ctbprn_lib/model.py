@@ -28,9 +28,10 @@ def _linear(weight, x, bias=None):
 def _layer_norm(x, gain, bias):
     """Layer norm over the last axis of x; gain and bias broadcast to it, so each replica and area has its own.
 
-    They are rounded to x's precision as weights are: else all of x would be widened to theirs.
+    They are rounded to x's precision as weights are, and autocast is off, which widens norms on a GPU: x stays narrow.
     """
-    return torch.addcmul(bias.to(x.dtype), F.layer_norm(x, x.shape[-1:], eps=1e-5), gain.to(x.dtype))
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.addcmul(bias.to(x.dtype), F.layer_norm(x, x.shape[-1:], eps=1e-5), gain.to(x.dtype))
 
 
 class Layer(nn.Module):
@@ -58,13 +59,13 @@ class Layer(nn.Module):
             "H1": (R, 2 * d, K * d), "b1": (R, 2 * d), "H2": (R, K, 2 * d), "b2": (R, K),
         }  # fmt: skip
 
-    def forward(self, x, token_weight, temperature, gumbel):
-        """x (R,K,B,T,d), token_weight (R,1,B,T) summing to 1 over T or None, gumbel (R,B,K) or None.
+    def forward(self, x, mask, temperature, gumbel):
+        """x (R,K,B,T,d), mask (R,B,T), True where a token exists, or None, gumbel (R,B,K) or None.
 
         Returns the new x and the route logits (R,B,K).
         """
         R, K, B, T, d = x.shape
-        h = F.gelu(_linear(self.P, _token_mean(x, token_weight).view(R, K * B, d), self.p))
+        h = F.gelu(_linear(self.P, _token_mean(x, mask).view(R, K * B, d), self.p))
         z = h.view(R, K, B, d).transpose(1, 2).reshape(R, B, K * d)
         z = _layer_norm(z, self.ctrl_gain[:, None], self.ctrl_bias[:, None])
         route = _linear(self.H2, F.gelu(_linear(self.H1, z, self.b1)), self.b2)  # (R,B,K)
@@ -72,7 +73,7 @@ class Layer(nn.Module):
 
         x = x.view(R, K, B * T, d)
         low = _linear(self.V.mT, x).view(R, K, B, T, -1)
-        low = (low * alpha.transpose(1, 2)[..., None, None]).to(low.dtype)  # alpha_k X_k V_k; alpha is float32
+        low = low * alpha.transpose(1, 2)[..., None, None].to(low.dtype)  # alpha_k X_k V_k
         m = low.permute(0, 2, 3, 1, 4).reshape(R, 1, B * T, -1)  # (R,1,BT,Kr): areas side by side
         U, W_a, W_gm = self.U.transpose(1, 2).reshape(R, 1, d, -1), self.W_a, self.W_g[..., d:]
         if U.shape[-1] < d:  # M = low [U_1 .. U_K]^T is never formed: W M = (W [U_1 .. U_K]) low^T is narrower
@@ -89,11 +90,12 @@ class Layer(nn.Module):
         return x.view(R, K, B, T, d), route
 
 
-def _token_mean(x, token_weight):
-    """Mean over tokens: (R,K,B,T,d) -> (R,K,B,d); with unequal lengths over the tokens that exist."""
-    if token_weight is None:
+def _token_mean(x, mask):
+    """Mean over the tokens that exist, all of them where mask (R,B,T) is None: (R,K,B,T,d) -> (R,K,B,d)."""
+    if mask is None:
         return x.sum(3) / x.shape[3]  # x.mean takes four times as long in bf16
-    return (x * token_weight[..., None]).sum(3)
+    there = mask[:, None, :, :, None]
+    return (x * there).sum(3) / there.sum(3)
 
 
 class CTBPRN(nn.Module):
@@ -144,16 +146,15 @@ class CTBPRN(nn.Module):
         R, B, K, T, n_features = x.shape
         if (R, K, n_features) != tuple(self.config[k] for k in ("n_replicas", "n_areas", "n_features")):
             raise InputError(f"x must be (R,B,K,T,F) for {self.config}, got {tuple(x.shape)}")
-        token_weight = None if mask is None else (mask / mask.sum(-1, keepdim=True))[:, None].to(x.dtype)
         x = x.transpose(1, 2)
         if self.config["stem"]:
             x = _linear(self.stem_weight, x.reshape(R, K, B * T, n_features), self.stem_bias)
         x = x.reshape(R, K, B, T, -1).contiguous()
         routes = []
         for i, layer in enumerate(self.layers):
-            x, route = layer(x, token_weight, self.temperature, None if gumbel is None else gumbel[:, i])
+            x, route = layer(x, mask, self.temperature, None if gumbel is None else gumbel[:, i])
             routes.append(route)
-        f = _token_mean(x, token_weight).transpose(1, 2).reshape(R, B, -1)
+        f = _token_mean(x, mask).transpose(1, 2).reshape(R, B, -1)
         f = F.gelu(_layer_norm(f, self.head_gain[:, None], self.head_bias[:, None]))
         return _linear(self.head_weight, f, self.head_c), torch.stack(routes, 1)
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ctbprn_lib import InputError, scoring, train
 from ctbprn_lib.model import CTBPRN
@@ -118,6 +120,45 @@ def test_every_replica_equals_the_plain_loop_implementation(s):
             plain = reference.forward(params_of(model, r), x[r], s["temperature"], noise, there)
             torch.testing.assert_close(logits[r], plain[0], rtol=2e-4, atol=2e-5)
             torch.testing.assert_close(routes[r], plain[1], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+@pytest.mark.parametrize(("K", "r"), [(2, 3), (2, 4), (3, 4)])  # narrower, as wide, and wider than d together
+def test_gradients_are_those_of_the_plain_loop_implementation(K, r, unequal):
+    model, generator = CTBPRN(8, 8, r, K, n_replicas=2, stem=False), torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 5, K, 7, 8, generator=generator), torch.arange(5) % 2
+    gumbel = train.gumbel_noise((2, 2, 5, K), generator)
+    mask = torch.arange(7) < torch.tensor([[7, 3, 5, 1, 2], [1, 7, 7, 4, 6]])[..., None] if unequal else None
+    logits = model(x, gumbel, mask)[0]
+    plain = torch.stack(
+        [reference.forward(params_of(model, i), x[i], 1.0, gumbel[i], mask[i] if unequal else None)[0] for i in (0, 1)]
+    )
+    names, values = zip(*model.named_parameters(), strict=True)
+    ours, theirs = (
+        torch.autograd.grad(scoring.cross_entropy(z, y.expand(2, 5)).sum(), values) for z in (logits, plain)
+    )
+    for name, got, expected in zip(names, ours, theirs, strict=True):
+        assert relative(got, expected) < 1e-5, name
+
+
+@pytest.mark.parametrize(("K", "r"), [(2, 3), (3, 4)])
+@pytest.mark.parametrize("unequal", [False, True])
+def test_all_that_grows_with_the_batch_stays_in_bf16(K, r, unequal):
+    model, mask = CTBPRN(5, 8, r, K), torch.ones(1, 30, 7, dtype=torch.bool) if unequal else None
+    wide = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(result):
+                if tensor.dtype == torch.float32 and tensor.numel() >= K * 30 * 7 * r:
+                    wide.append(str(func))
+            return result
+
+    x = torch.randn(1, K, 30, 7, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), Watch():
+        new, _ = model.layers[0](x, mask, model.temperature, None)
+    assert new.dtype == torch.bfloat16 and not wide
 
 
 def test_values_of_tokens_that_do_not_exist_do_not_matter():
