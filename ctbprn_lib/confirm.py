@@ -21,8 +21,8 @@ import torch
 
 from ctbprn_lib import InputError, evidence, files, published, search, storage
 from ctbprn_lib.device import out_of_memory, precision_context, resolve_device, resolve_precision
-from ctbprn_lib.model import CTBPRN
-from ctbprn_lib.scoring import score
+from ctbprn_lib.model import CTBPRN, Classifier
+from ctbprn_lib.scoring import route_accuracy, score
 from ctbprn_lib.train import Budget, Hyperparameters, fit
 
 # First spawn keys of the seeds: none has been used for tuning, and the best of the confirmed is measured afresh when it
@@ -129,6 +129,14 @@ class Confirmation:
         self.precision = resolve_precision(self.budget.precision, self.device)
         self.seed, self.name = seed, study.study_name
         self.study = storage.beside(study, f"{study.study_name}/confirm")
+        if not self.study.get_trials(deepcopy=False) and "of" not in self.study.user_attrs:
+            self.study.set_user_attr("of", study.user_attrs.get("id"))
+        if of_deleted(study):
+            raise InputError(
+                f"the storage holds the confirmation of a study {study.study_name!r} that has been deleted; delete it "
+                f"too (optuna delete-study --study-name {study.study_name}/confirm --storage <URL>), or tune under "
+                "another study_name"
+            )
         self.weights = storage.REPORTS.parent / "runs" / "weights"
 
     def train(self, runs, on_done=None):
@@ -139,7 +147,7 @@ class Confirmation:
         wanted = {self.key(run): run for run in runs}
         kept, origin = {}, search.provenance()
         for trial in self.study.get_trials(deepcopy=False):
-            if trial.user_attrs["key"] in wanted and trial.state.name == "COMPLETE":  # failures are tried again
+            if trial.user_attrs.get("key") in wanted and trial.state.name == "COMPLETE":  # failures are tried again
                 kept[trial.user_attrs["key"]] = trial.user_attrs
         for key, record in self._trained({key: run for key, run in wanted.items() if key not in kept}):
             kept[key] = json.loads(json.dumps({"key": key} | record | origin))
@@ -184,18 +192,17 @@ class Confirmation:
             content = {"study": self.name, "role": run.role, "hyperparameters": asdict(run.hyperparameters),
                        "n_steps": run.n_steps, "task": self.task.description}  # fmt: skip
             content["class_names"] = list(self.task.class_names)
-            if hasattr(self.task, "standardised"):
-                content["standardised"] = self.task.standardised
             for kind in ("test_accuracy", "test_ce"):
                 mean, low, high = evidence.mean_interval(_no_gaps(record, kind), nats=kind == "test_ce")
                 content[kind] = dict(mean=mean, low=low, high=high, seeds=record[kind])
-            network = CTBPRN.load(made)  # scored as whoever loads it will use it, in fp32
-            scores = score(network, self.task, "test", self.n_test, run.hyperparameters.seq_len)
+            network, seq_len = CTBPRN.load(made), run.hyperparameters.seq_len
+            # scored as whoever loads it will use it, in fp32
+            scores = score(network, self.task, "test", self.n_test, seq_len)
+            scores |= route_accuracy(scores, score(network, self.task, "validation", self.budget.n_validation, seq_len))
             content["weights"] = {"file": f"{name}.safetensors", "seed": record["kept_seed"]}
             content["weights"] |= {"chosen_by": "lowest validation CE"} | {k: v.item() for k, v in scores.items()}
             content |= {k: record[k] for k in ("ctbprn", *search.ORIGIN)}
-            with files.whole(folder / f"{name}.safetensors") as new:
-                new.write_bytes(made.read_bytes())
+            Classifier.of(network, self.task, seq_len).save(folder / f"{name}.safetensors")
             with files.whole(folder / f"{name}.json") as new:
                 new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return best
@@ -235,41 +242,58 @@ class Confirmation:
             raise broken
 
 
+def confirm_study(study: optuna.Study) -> optuna.Study | None:
+    """The study "<name>/confirm" beside a study, whether or not it is of that one; None if there is none."""
+    try:
+        return optuna.load_study(study_name=f"{study.study_name}/confirm", storage=study._storage)
+    except KeyError:
+        return None
+
+
+def of_deleted(study: optuna.Study) -> bool:
+    """Whether the confirmation beside a study is of an earlier study of the same name, which has been deleted."""
+    found = confirm_study(study)
+    return found is not None and found.user_attrs.get("of") != study.user_attrs.get("id")
+
+
 def records(name, storage=""):
     """What confirm.ipynb recorded of a study: (one row for each run's role and seed, about), or (None, None).
 
     Columns: role, base, factor, level, the hyperparameters, n_steps, seed, test_accuracy, test_ce, val_accuracy, val_ce
     (a diverged seed counts as chance), route_accuracy (NaN there), diverged_at, and the run's cost and provenance.
     """
-    try:
-        study = optuna.load_study(study_name=f"{name}/confirm", storage=search.load_study(name, storage)._storage)
-    except KeyError:
-        return None, None
-    if "plan" not in study.user_attrs:
+    tuned = search.load_study(name, storage)
+    study = confirm_study(tuned)
+    if study is None or of_deleted(tuned) or "plan" not in study.user_attrs:
         return None, None
     kept, rows = {}, []
     for trial in sorted(study.trials, key=lambda trial: trial.state.name == "COMPLETE"):
-        kept[trial.user_attrs["key"]] = trial.user_attrs
+        if "key" in trial.user_attrs:
+            kept[trial.user_attrs["key"]] = trial.user_attrs
     for run in study.user_attrs["plan"]:
         record = kept[run["key"]]
         if "mean_test_ce" not in record:
             continue
         shared = {k: run[k] for k in ("role", "base", "factor", "level")} | run["hyperparameters"]
         cost = ("train_seconds", "step_time_ms", "peak_mem_mib", "n_parameters", *search.ORIGIN)
-        scores = {k: _no_gaps(record, k) for k in ("test_accuracy", "test_ce", "route_accuracy", *VALIDATION)}
+        names = ["test_accuracy", "test_ce", "route_accuracy", "test_balanced_accuracy", *VALIDATION]
+        record = search.by_layer(record)
+        names += [name for name in record if name.startswith("route_accuracy_")]
+        scores = {k: _no_gaps(record, k) for k in names if "balanced" not in k or k in record}
         for s in range(len(scores["test_ce"])):
             each = {k: v[s] for k, v in scores.items()} | {"diverged_at": record["diverged_at"][s]}
             rows.append(shared | {"n_steps": run["n_steps"], "seed": s} | each | {k: record[k] for k in cost})
     return pd.DataFrame(rows), study.user_attrs["about"]
 
 
-VALIDATION = ("val_accuracy", "val_ce")
+VALIDATION = ("val_accuracy", "val_ce", "val_balanced_accuracy")
 
 
 def _no_gaps(record, name):
     """Scores with chance where a seed diverged, or NaN where the router is scored."""
     values = np.array(record.get(name) or [None] * len(record["test_ce"]), dtype=float)
-    return values if name == "route_accuracy" else search.or_chance(name, values, record["n_classes"])
+    routed = name.startswith("route_accuracy")
+    return values if routed else search.or_chance(name, values, record["n_classes"])
 
 
 def _train(task, run, budget, n_test, seed, device, weights=None):
@@ -287,7 +311,8 @@ def _train(task, run, budget, n_test, seed, device, weights=None):
     seconds = time.perf_counter() - started
     autocast = precision_context(result.precision, torch.device(result.device))
     test = score(result.model, task, "test", n_test, run.hyperparameters.seq_len, autocast)
-    test |= {name: result.curves[name][-1] for name in VALIDATION}
+    last = {name: values[-1] for name, values in result.curves.items()}
+    test |= route_accuracy(test, last) | {name: last[name] for name in VALIDATION}
     alive = np.array([step is None for step in result.diverged_at])
     listed = {k: [float(x) if ok else None for x, ok in zip(v, alive & np.isfinite(v), strict=True)]
               for k, v in test.items()}  # fmt: skip

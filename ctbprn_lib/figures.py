@@ -44,6 +44,7 @@ STYLE = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
 }
+mpl.rcdefaults()  # pictures are the same whatever the user's own matplotlibrc says
 mpl.rcParams.update(STYLE)
 LONGEST_NAME = 30  # characters of a name from outside that a picture has room for
 

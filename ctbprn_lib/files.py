@@ -103,7 +103,16 @@ def npz(path, required, optional=()):
 
 def _array(path, archive, member):
     with _reading(f"{path}: {member.filename}", "a plain array"), archive.open(member) as stream:
-        array = np.lib.format.read_array(stream, allow_pickle=False)
+        try:
+            array = np.lib.format.read_array(stream, allow_pickle=False)
+        except ValueError as error:
+            if "Object arrays" not in str(error):
+                raise
+            field = Path(member.filename).stem
+            raise InputError(
+                f"{path}: {member.filename}: not a plain array but Python objects, as pandas makes of text, which are "
+                f"not read because they can run code; save {field}.astype(str), or numbers"
+            ) from None
         if array.nbytes > member.file_size:
             raise ValueError(f"{array.shape} of {array.dtype} is more than what is stored")
     return array
@@ -112,25 +121,78 @@ def _array(path, archive, member):
 def ts(path):
     """(series, labels) of a .ts file of the UEA archive: (T,F) arrays of equal F, and as many texts.
 
-    Raises InputError if aeon, which reads them, is not installed.
+    Labels are what stands in the file, letter by letter.  Raises InputError for time stamps, for regression targets,
+    and for a class that the line @classLabel does not declare.
     """
-    try:
-        from aeon.datasets import load_from_ts_file
-    except ImportError:
-        raise InputError(f"{path}: reading .ts files needs the aeon package: pip install 'ctbprn[uea]'") from None
     path = _file(path)
     with _reading(path, "a readable .ts file"):
-        cases, labels, header = load_from_ts_file(str(path), return_meta_data=True)
-        series = [np.asarray(case, dtype=np.float64).T for case in cases]
-        labels = [str(label).strip() for label in labels]
-    if len(series) == 0 or len(labels) != len(series):
-        raise InputError(f"{path}: expected series with a class label each, got {len(series)} and {len(labels)} labels")
-    for n, (one, label) in enumerate(zip(series, labels, strict=True)):
-        if one.ndim != 2 or one.shape[1] != series[0].shape[1]:
-            raise InputError(f"{path}: series {n} has the shape {one.shape}, series 0 {series[0].shape}")
-        if header["class_values"] and label not in header["class_values"]:
-            raise InputError(f"{path}: series {n} is of the class {label!r}, which @classLabel does not name")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    header, start = _ts_header(path, lines)
+
+    def refuse(n, text):
+        raise InputError(f"{path}: line {n}: {text}")
+
+    declared = header["classlabel"][1:]
+    series, labels = [], []
+    for n, line in enumerate(lines[start:], start + 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        *channels, label = line.split(":")
+        if "(" in line.removesuffix(label):
+            refuse(n, "time stamps are not read; write the values alone, at equal steps")
+        try:
+            rows = [[_ts_value(cell) for cell in channel.split(",")] for channel in channels]
+        except ValueError as error:
+            refuse(n, f"not a readable .ts file ({error})")
+        if not rows or len({len(row) for row in rows}) > 1:
+            refuse(n, f"expected channels of equal length and a class label, got {[len(row) for row in rows]} values")
+        if series and len(rows) != series[0].shape[1]:
+            refuse(n, f"{len(rows)} channels, where the first series has {series[0].shape[1]}")
+        series.append(np.array(rows).T)
+        labels.append(label.strip())
+        if labels[-1] not in declared:
+            refuse(n, f"the class {labels[-1]!r}, which @classLabel does not name; it names {', '.join(declared)}")
+    if not series:
+        raise InputError(f"{path}: expected series with a class label each, got 0")
     return series, labels
+
+
+def _ts_header(path, lines):
+    """({key in small letters: the words behind it}, number of the first line of data) of a .ts file."""
+    header = {}
+    for n, line in enumerate(lines):
+        words = line.split()
+        if not words or line.startswith("#"):
+            continue
+        if not line.startswith("@"):
+            break
+        if words[0].lower() == "@data":
+            return _checked_ts_header(path, header), n + 1
+        header[words[0].lower().removeprefix("@")] = words[1:]
+    raise InputError(f"{path}: not a readable .ts file: expected lines that begin with @, the last of them @data")
+
+
+def _checked_ts_header(path, header):
+    yes = {}
+    for key in ("timestamps", "targetlabel", "classlabel"):
+        words = header.get(key) or ["false"]
+        yes[key] = words[0].lower()
+        if yes[key] not in ("true", "false") or (len(words) > 1 and key == "timestamps"):
+            raise InputError(f"{path}: not a readable .ts file: @{key} must be true or false, got {' '.join(words)!r}")
+    if yes["timestamps"] == "true":
+        raise InputError(f"{path}: it has time stamps (@timeStamps true), which are not read; write the values alone")
+    if yes["targetlabel"] == "true":
+        raise InputError(f"{path}: it is a regression problem (@targetLabel true); expected classes (@classLabel true)")
+    if yes["classlabel"] == "false" or len(header["classlabel"]) < 2:
+        raise InputError(f"{path}: expected a line '@classLabel true' with the names of the classes")
+    return header
+
+
+def _ts_value(cell):
+    """A number of a .ts file; NaN for "?"."""
+    if "_" in cell:  # which Python's numbers may have
+        raise ValueError(f"could not convert string to float: {cell!r}")
+    return math.nan if cell.strip() == "?" else float(cell)
 
 
 def mapping(path, expected):
@@ -204,7 +266,8 @@ def word(text):
 def _file(path):
     """path as a Path to a file: a pipe or a device would never end."""
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        raise InputError(f"{path}: there is no such file")
+        where = "" if os.path.isabs(path) else f" in {os.getcwd()}, where relative paths begin"
+        raise InputError(f"{path}: there is no such file{where}")
     return Path(path)
 
 

@@ -5,8 +5,8 @@ import json
 import pandas as pd
 import yaml
 
-from ctbprn_lib import confirm, evidence, files, memory, published, storage, verdicts
-from ctbprn_lib.report import NAMES, Report, escape, nats, percent, sections, span, table, value
+from ctbprn_lib import confirm, evidence, memory, published, storage, verdicts
+from ctbprn_lib.report import NAMES, Report, best_rule, escape, nats, percent, rules, sections, span, table, value
 from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO
 from ctbprn_lib.verdicts import BEST, BETTER, LEVEL, SAME, TRIAL_2, UNDECIDED, WORSE, Contrast, effect
 
@@ -18,7 +18,11 @@ GOAL = {"test_accuracy": 0.995, "test_ce": 0.02}  # this project's, on the routi
 def load(study_name, storage=""):
     """The Report of a study: a ConfirmedReport if confirm.ipynb has been run on it."""
     runs, about = confirm.records(study_name, storage)
-    return Report(study_name, storage) if runs is None else ConfirmedReport(study_name, storage, runs, about)
+    if runs is not None:
+        return ConfirmedReport(study_name, storage, runs, about)
+    report = Report(study_name, storage)
+    report.stale = confirm.of_deleted(report.study)
+    return report
 
 
 class ConfirmedReport(Report):
@@ -28,7 +32,7 @@ class ConfirmedReport(Report):
 
     def __init__(self, study_name, storage, runs, about):
         super().__init__(study_name, storage)
-        self.runs, self.about, self.baselines = runs, about, about["baselines"]
+        self.runs, self.about, self.baselines = runs, about, rules(about["baselines"])
         self.evidence = verdicts.Evidence(runs, self._n_test())
         self.best = {"test_accuracy": self.evidence.best_accuracy, "test_ce": self.evidence.best_ce}
         self.is_original_task = self.task["task"] == "routing" and self.task["n_tokens"] == 128
@@ -46,8 +50,8 @@ class ConfirmedReport(Report):
         e = self.evidence
         return super().summary() + (
             f" {len(e.roles)} configurations were trained again with {e.n_seeds} fresh seeds and scored on "
-            f"{self._n_test():,} test samples that no training and no tuning has seen: only those scores are called "
-            "results."
+            f"{self._n_test():,} test samples{self._unseen('test', ' that no training and no tuning has seen')}: only "
+            "those scores are called results."
         )
 
     def best_parameters(self):
@@ -56,6 +60,8 @@ class ConfirmedReport(Report):
             role = self.best[name]
             lines = [f"### For {title} ({role})", f"- **Test accuracy**: {self._score(role, 'test_accuracy')}",
                      f"- **Test CE**: {self._score(role, 'test_ce')}"]  # fmt: skip
+            if self.show_balanced:
+                lines.insert(2, f"- **Balanced test accuracy**: {self._score(role, 'test_balanced_accuracy')}")
             lines += [f"- **{NAMES[n]}**: {value(n, self._value(role, n))}" for n in self.names]
             parts.append("\n".join(lines))
         parts.append("The networks: `best_accuracy.safetensors` and `best_ce.safetensors`, with `.json` beside them.")
@@ -76,6 +82,10 @@ class ConfirmedReport(Report):
             scores = [self._score(role, name).replace(" %", "").replace(" nats", "") for name in self.best]
             settings = [value(name, self._value(role, name)) for name in self.names]
             rows.append([role, *scores, routed, *then, *settings])
+        if self.show_balanced:
+            header.insert(2, "Balanced test accuracy (%)")
+            for cells in rows:
+                cells.insert(2, self._score(cells[0], "test_balanced_accuracy").replace(" %", ""))
         return table(header, rows)
 
     def ablation(self):
@@ -181,7 +191,8 @@ class ConfirmedReport(Report):
                  for paired, sd in spreads.items()]  # fmt: skip
         return super().measured() + (
             f"\n- **Confirmation**: {e.n_seeds} fresh seeds a configuration, the same for all; the score is on "
-            f"{self._n_test():,} test samples that no training and no tuning has seen. Comparisons are Welch's "
+            f"{self._n_test():,} test samples{self._unseen('test', ' that no training and no tuning has seen')}. "
+            "Comparisons are Welch's "
             "test, or a paired one where shapes are equal; an interval is 95 % for its comparison alone, while all "
             f"{len(t)} p-values of this report are Holm-adjusted together, and so are the "
             f"{t['p_equivalence'].notna().sum()} equivalence tests (two one-sided tests, one accuracy point). "
@@ -192,7 +203,7 @@ class ConfirmedReport(Report):
         )
 
     def reproduce(self):
-        a, runs, task = self.about, self._once(), files.word(self.task["task"])
+        a, runs, task = self.about, self._once(), self._given()
         command = (
             f"papermill notebooks/confirm.ipynb runs/confirm.ipynb -p study_name again -p task {task} "
             f"-p n_seeds {a['n_seeds']} -p n_test {a['n_test']} -p n_top {a['n_top']} -p seed {a['seed']}"
@@ -250,7 +261,7 @@ class ConfirmedReport(Report):
     def _score(self, role, name):
         scores = self.evidence.group("", "role", role)[name]
         interval = evidence.mean_interval(scores, nats=name == "test_ce")
-        return percent(interval) if name == "test_accuracy" else f"{nats(interval)} nats"
+        return f"{nats(interval)} nats" if name == "test_ce" else percent(interval)
 
     @staticmethod
     def _level(factor, level):
@@ -268,13 +279,14 @@ class ConfirmedReport(Report):
         return f"{len(same)} of the {len(others)} other confirmed configurations cannot be told from it by {by}."
 
     def _against_rule(self):
-        if "linear rule" not in self.baselines:
-            return None
-        role, rule = self.evidence.best_accuracy, self.baselines["linear rule"]
+        role, (rule, level, others) = self.evidence.best_accuracy, best_rule(self.baselines)
         mean, *ends = evidence.mean_interval(self.evidence.group("", "role", role)["test_accuracy"])
         ends += evidence.sample_interval(mean, self._n_test())  # seeds and samples both leave something open
-        word = "above" if min(ends) > rule else "below" if max(ends) < rule else "not distinguishable from"
-        return f"**The best accuracy is {word} the linear rule**, which scores {100 * rule:.1f} % of test samples."
+        word = "above" if min(ends) > level else "below" if max(ends) < level else "not distinguishable from"
+        return (
+            f"**The best accuracy is {word} {rule}**, the best simple rule, which scores {100 * level:.1f} % of test "
+            f"samples{others}."
+        )
 
     def _winners_curse(self):
         gaps = self.gaps()
@@ -340,6 +352,11 @@ class ConfirmedReport(Report):
     def _other_verdicts(self):
         """Verdicts that other records decide: the reproduction's tables and memory."""
         found, folder = {}, storage.REPORTS / "reproduce"
+        if self.runs["route_accuracy"].isna().all():
+            reason = (
+                "this record holds the share of the last layer's router alone, which need not be the one that routes"
+            )
+            found[verdicts.HELPS_ROUTING] = (verdicts.NOT_TESTED, reason)
         if (folder / "trial_1_seeds.csv").exists():
             one, two = (published.scores_of_seeds(folder / f"trial_{n}_seeds.csv") for n in (1, 2))
             found |= verdicts.from_reproduction(one, two, published.TABLE.loc[2, "val_accuracy"])

@@ -6,12 +6,17 @@ T tokens, F input features, d width, r router rank, L layers, C classes.
 """
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ctbprn_lib import InputError, files
+from ctbprn_lib.tasks import CHUNK, ArrayTask, Preparation, RoutingTask, checked_recordings, refuse_missing
 
 CONFIG = ("n_features", "d", "rank", "n_areas", "n_layers", "n_classes", "n_replicas", "stem")
 
@@ -210,9 +215,12 @@ class CTBPRN(nn.Module):
 
     @classmethod
     def load(cls, path):
-        """Read a model that save wrote.  Raises InputError naming the file and what is wrong with it."""
+        """Read a network that save, or a Classifier, wrote.  Raises InputError: the file and what is wrong with it."""
         state, config = files.tensors(path)
+        return cls._of(path, {k: v for k, v in state.items() if k not in Classifier.TENSORS}, config)
 
+    @classmethod
+    def _of(cls, path, state, config):
         def refuse(what):
             raise InputError(f"{path}: {what}")
 
@@ -220,10 +228,11 @@ class CTBPRN(nn.Module):
             refuse("the weights must be float32")
         try:  # compared before anything is built: a few bytes of configuration could ask for any amount of memory
             config = json.loads(config)
+            config = {k: v for k, v in config.items() if k != "classifier"}
             whole = all(type(config[name]) is (bool if name == "stem" else int) for name in CONFIG)
             fits = whole and set(config) == set(CONFIG) and 0 < config["n_layers"] <= len(state)
             fits = fits and _shapes(**config) == {name: tuple(value.shape) for name, value in state.items()}
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             fits = False
         if not fits:
             refuse(f"the configuration does not fit the weights; it has {', '.join(CONFIG)}")
@@ -235,6 +244,97 @@ class CTBPRN(nn.Module):
             refuse(str(error))
         model.load_state_dict(state)
         return model
+
+
+class Classifier:
+    """A trained network with all that it needs to classify raw recordings; its methods are named as in scikit-learn.
+
+    classes_: (C,) the labels, as they stand in the data.  area_names: (K,).  seq_len: tokens that the network reads.
+    network: the CTBPRN, R = 1.  preparation: how areas are sorted and features standardised.
+    """
+
+    TENSORS = ("preparation.center", "preparation.scale")
+
+    def __init__(
+        self, network: CTBPRN, preparation: Preparation, classes: np.ndarray, area_names: Sequence[str], seq_len: int
+    ) -> None:
+        self.network, self.preparation, self.classes_ = network, preparation, classes
+        self.area_names, self.seq_len = tuple(area_names), seq_len
+
+    @classmethod
+    def of(cls, network: CTBPRN, task: RoutingTask | ArrayTask, seq_len: int) -> "Classifier":
+        """The classifier that a network trained on the first seq_len tokens of a task is."""
+        return cls(network, task.preparation, task.classes, task.area_names, seq_len)
+
+    def predict(self, x: np.ndarray, lengths: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """(N,) the most probable label of each recording; arguments and errors as predict_proba."""
+        return self.classes_[self.predict_proba(x, lengths).argmax(1)]
+
+    @torch.no_grad()
+    def predict_proba(self, x: np.ndarray, lengths: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """(N,C) probabilities, in the order of classes_.
+
+        x: raw recordings in the form and unit of the .npz: (N,T,F), or (N,K,T,F) where that was so.  lengths: (N,)
+        tokens that exist, where sequences are unequal.  Tokens beyond seq_len are not read, as in training; a
+        recording with fewer is read to its end.
+        Raises InputError for another shape, and for values that are missing or infinite.
+        """
+
+        def refuse(text: str) -> NoReturn:
+            raise InputError(f"recordings to classify: {text}")
+
+        x, mask = checked_recordings(x, lengths, refuse)
+        columns = self.preparation.columns
+        K, F = self.preparation.center.shape
+        form = ("N", "T", sum(map(len, columns))) if columns else ("N", K, "T", F)
+        if x.ndim != len(form) or any(isinstance(n, int) and n != m for n, m in zip(form, x.shape, strict=True)):
+            refuse(f"x must be ({', '.join(map(str, form))}) as in training, got shape {x.shape}")
+        x, mask = x[..., : self.seq_len, :], mask[:, : self.seq_len]
+        refuse_missing(x, mask, self.area_names, columns, refuse)
+        device, logits = self.network.temperature.device, []
+        for i in range(0, len(x), CHUNK):
+            part = slice(i, i + CHUNK)
+            prepared = self.preparation.apply(x[part], mask[part])
+            if not np.isfinite(prepared).all():
+                refuse("x holds values so far from the training samples that float32 cannot hold them standardised")
+            there = None if mask.all() else torch.from_numpy(mask[part]).to(device)[None]
+            logits.append(self.network(torch.from_numpy(prepared).to(device)[None], None, there)[0][0])
+        return torch.cat(logits).double().softmax(-1).cpu().numpy()
+
+    def save(self, path: str | Path) -> None:
+        """Write everything, with a SHA-256 of it, to a safetensors file, which CTBPRN.load reads as well."""
+        state = {name: value.detach().cpu() for name, value in self.network.state_dict().items()}
+        arrays = (self.preparation.center, self.preparation.scale)
+        state |= {name: torch.from_numpy(array) for name, array in zip(self.TENSORS, arrays, strict=True)}
+        about = dict(classes=self.classes_.tolist(), area_names=self.area_names, seq_len=self.seq_len)
+        about |= dict(columns=self.preparation.columns)
+        files.write_tensors(path, state, json.dumps(self.network.config | {"classifier": about}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Classifier":
+        """Read a classifier that save wrote.  Raises InputError: the file and what is wrong with it."""
+        state, text = files.tensors(path)
+        network = CTBPRN._of(path, {k: v for k, v in state.items() if k not in cls.TENSORS}, text)
+        about, K, F = json.loads(text).get("classifier"), network.config["n_areas"], network.config["n_features"]
+        if about is None:
+            raise InputError(f"{path}: a network without what a classifier needs; CTBPRN.load reads it")
+        try:
+            columns = about["columns"] and tuple(tuple(map(int, features)) for features in about["columns"])
+            center, scale = (state[name].numpy() for name in cls.TENSORS)
+            classes, seq_len, area_names = np.array(about["classes"]), about["seq_len"], about["area_names"]
+            fits = center.shape == scale.shape == (K, F) and center.dtype == scale.dtype == np.float64
+            fits = fits and np.isfinite(center).all() and (scale > 0).all()
+            fits = fits and classes.shape == (network.config["n_classes"],) and classes.dtype.kind in "iuUb"
+            fits = fits and type(seq_len) is int and seq_len > 0 and network.config["n_replicas"] == 1
+            fits = fits and len(area_names) == K and all(isinstance(name, str) for name in area_names)
+            if columns:
+                flat = sorted(f for features in columns for f in features)
+                fits = fits and len(columns) == K and max(map(len, columns)) == F and flat == list(range(len(flat)))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            fits = False
+        if not fits:
+            raise InputError(f"{path}: what the classifier holds does not fit its network; the file is damaged")
+        return cls(network, Preparation(columns or None, center, scale), classes, area_names, seq_len)
 
 
 def _shapes(n_features, d, rank, n_areas, n_layers, n_classes, n_replicas, stem):

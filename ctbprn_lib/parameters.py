@@ -47,6 +47,8 @@ def check(namespace):
             raise InputError(f"the parameter {name} is missing; it must be {KINDS[kind]}")
         _check_value(name, namespace[name], kind)
     logging.getLogger("IPKernelApp").addFilter(_not_of_ctrl_c)
+    if get_ipython() is not None:  # a page shows the same cells whatever the user's own IPython shows
+        get_ipython().ast_node_interactivity = "last_expr"
     values = {name: namespace[name] for name in known}
     where = device_name(resolve_device(values.get("device", "auto")))
     for name, value in values.items():
@@ -64,6 +66,8 @@ def _check_value(name, value, kind):
     def refuse(expected):
         raise InputError(f"{name} must be {expected}, got {value!r}")
 
+    if kind is str and isinstance(value, (int, float)):
+        refuse(f"text, which papermill takes for a number here: write -r {name} {value}")
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         refuse(KINDS[kind])

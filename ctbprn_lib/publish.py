@@ -11,6 +11,8 @@ import os
 import re
 import shutil
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from ctbprn_lib import InputError
@@ -29,6 +31,21 @@ PAGE = """{%- extends 'basic/index.html.j2' -%}
 <meta name="viewport" content="width=device-width"><title>{{ resources.page_title }}</title>
 <style>{{ resources.page_css }}</style></head><body><main>{%- endblock header -%}
 {%- block footer -%}</main></body></html>{%- endblock footer -%}"""
+
+
+def check_folders(study_name: str) -> None:
+    """Raise InputError where a report could not be written in the end; called before anything is trained."""
+    folder = study_folder(study_name)
+    for place in (REPORTS.parent / "runs", folder if folder.exists() else REPORTS):
+        try:
+            place.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=place) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise InputError(
+                f"{place}: nothing can be written or locked there ({error.strerror}), so there could be no report; "
+                "copy the project to a folder of your own and run it there"
+            ) from None
 
 
 def staging(study_name):
@@ -63,18 +80,34 @@ def publish(study_name, storage=""):
     """Run analyze.ipynb on the study and write reports/<study_name>/report.md and report.html; returns their folder."""
     import papermill
 
+    own = REPORTS.parent / "runs" / ".ipython"  # the user's own start-up files and settings would change the page
     executed = REPORTS.parent / "runs" / f"analyze-{study_name}.ipynb"
     executed.parent.mkdir(exist_ok=True)
     with open(executed.with_suffix(".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # the workers of a study end together, and each publishes it
-        papermill.execute_notebook(
-            REPORTS.parent / "notebooks" / "analyze.ipynb",
-            executed,
-            {"study_name": study_name, "storage": storage},
-            cwd=REPORTS.parent,
-            progress_bar=False,
-        )
+        with _environment(IPYTHONDIR=str(own)):
+            papermill.execute_notebook(
+                REPORTS.parent / "notebooks" / "analyze.ipynb",
+                executed,
+                {"study_name": study_name, "storage": storage},
+                cwd=REPORTS.parent,
+                progress_bar=False,
+            )
         return render(executed, study_name)
+
+
+@contextmanager
+def _environment(**variables):
+    """os.environ with these variables, for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def render(notebook, study_name):

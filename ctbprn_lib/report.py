@@ -30,6 +30,11 @@ def accuracy(row):
     return _with_interval(row, "val_accuracy", 100, ".1f", " %")
 
 
+def balanced(row):
+    """Balanced accuracy with its interval, in per cent."""
+    return _with_interval(row, "val_balanced_accuracy", 100, ".1f", " %")
+
+
 def ce(row):
     """Cross-entropy with its interval, in nats."""
     return _with_interval(row, "val_ce", 1, ".3f", "")
@@ -65,6 +70,29 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
+RULES = {"linear rule": "the linear rule", "majority class": "always naming the largest class"}
+SHOW_BALANCED = 0.6  # share of the largest class above which accuracy says little by itself
+
+
+def rules(baselines):
+    """Baselines under today's names: studies of before called the majority class chance."""
+    return {{"chance": "majority class"}.get(rule, rule): level for rule, level in baselines.items()}
+
+
+def best_rule(baselines):
+    """(name, accuracy, the others as text) of the simple rule that a result must beat: the best one."""
+    level = {rule: baselines[rule] for rule in RULES if rule in baselines}
+    best = max(level, key=level.get)
+    others = ", ".join(f"{RULES[rule]} {100 * x:.1f} %" for rule, x in level.items() if rule != best)
+    return RULES[best], level[best], f" ({others})" if others else ""
+
+
+def names_of(classes, most=3):
+    """Class names from outside, the first few of them."""
+    shown = ", ".join(f"“{escape(name)}”" for name in classes[:most])
+    return shown + (f" and {len(classes) - most} more" if len(classes) > most else "")
+
+
 def sections(production, further, memory):
     """The three lists of recommendations under the original's headings."""
     titles = ("For Production Use", "For Further Optimization", "Memory Considerations")
@@ -81,6 +109,7 @@ class Report:
     """A study's record, read once, and the report's sections made from it; findings.py has the confirmed one."""
 
     confirmed = False
+    stale = False  # a confirmation of a deleted study of the same name is left out
 
     def __init__(self, study_name, storage=""):
         self.study = load_study(study_name, storage)
@@ -88,8 +117,9 @@ class Report:
         self.asked = self.study.user_attrs["fingerprint"]
         self.budget, self.space, self.task = self.asked["budget"], self.asked["space"], self.asked["task"]
         self.score = "val_accuracy" if self.asked["objective"] == "val_accuracy" else "val_ce"
-        self.how = self.study.user_attrs["how"]
-        self.baselines = self.study.user_attrs.get("baselines", {})
+        self.facts = self.study.user_attrs.get("facts", {})
+        self.baselines = rules(self.study.user_attrs.get("baselines", {}))
+        self.show_balanced = self.facts.get("largest_share", 0) > SHOW_BALANCED
         self.names = [name for name in HYPERPARAMETERS if name in self.space]
         self.trials = records(self.study)
         self.complete = self.trials[self.trials["state"] == "complete"].reset_index(drop=True)
@@ -120,6 +150,8 @@ class Report:
             "steps; scores are means over replicas on held-out data, with 95 % intervals."
             + ("" if self.confirmed else " They are tuning scores: the best of many is partly luck, and none has been "
                "trained again on fresh seeds.")
+            + (" The database also holds a confirmation of an earlier study of this name, which was deleted; it is "
+               "left out." if self.stale else "")
         )  # fmt: skip
 
     def best_parameters(self):
@@ -127,6 +159,8 @@ class Report:
         for title, row in (("Best Validation Accuracy", self.by_accuracy), ("Best CE Loss", self.by_ce)):
             lines = [f"### For {title} (trial {row['trial']})", f"- **Validation accuracy**: {accuracy(row)}",
                      f"- **Validation CE**: {ce(row)} nats"]  # fmt: skip
+            if self.show_balanced:
+                lines.insert(2, f"- **Balanced validation accuracy**: {balanced(row)}")
             lines += [f"- **{NAMES[name]}**: {value(name, row[name])}" for name in self.names]
             parts.append("\n".join(lines))
         return "\n\n".join(parts)
@@ -134,11 +168,16 @@ class Report:
     def all_trials(self):
         header = ["Trial", "Val accuracy (%)", "Val CE (nats)", *(NAMES[n] for n in self.names), "Time (s)", "State"]
         ordered = self.trials.sort_values(["state", "val_ce"])
+        if self.show_balanced:
+            header.insert(2, "Balanced (%)")
         rows = [
             [row["trial"], accuracy(row).replace(" %", ""), ce(row), *(value(n, row[n]) for n in self.names),
              f"{row['train_seconds']:.0f}" if row["train_seconds"] >= 0 else "–", row["state"]]
             for _, row in ordered.iterrows()
         ]  # fmt: skip
+        if self.show_balanced:
+            for cells, (_, row) in zip(rows, ordered.iterrows(), strict=True):
+                cells.insert(2, balanced(row).replace(" %", ""))
         notes = "Complete trials by CE; a pruned trial shows its score when it was stopped."
         failures = [
             f"Trial {r['trial']} failed: {escape(r['failure'])}." for _, r in self.trials.iterrows() if r["failure"]
@@ -148,6 +187,12 @@ class Report:
             failures.append(
                 f"Replicas diverged in trials {', '.join(map(str, diverged['trial']))}; each counts as chance there."
             )
+        foreign = []
+        for trial in self.study.foreign():
+            reason = trial.user_attrs.get("failure")
+            foreign.append(f"{trial.number} ({trial.state.name.lower()}{f': {escape(reason)}' if reason else ''})")
+        if foreign:
+            failures.append(f"Left out, because other programs put them into the study: trials {', '.join(foreign)}.")
         return "\n\n".join([table(header, rows), " ".join([notes, *failures])])
 
     def confirmed_results(self):
@@ -163,25 +208,19 @@ class Report:
             + (" and by accuracy." if best["trial"] == self.by_accuracy["trial"] else
                f"; by accuracy it is number {self.by_accuracy['trial']} ({accuracy(self.by_accuracy)}).")
         ]  # fmt: skip
-        if len(self.complete) > 1:
+        if self.budget["n_replicas"] < 2:
+            findings.append(
+                "**With one replica a trial nothing can be told apart**: how far scores vary between seeds is not "
+                "known, so no test is made."
+            )
+        elif len(self.complete) > 1:
             findings.append(
                 f"**{len(rest)} of the {len(self.complete) - 1} other complete trials cannot be told from it** by CE "
                 f"(Welch's test on {self.budget['n_replicas']} replicas a trial, Holm-adjusted, 5 %)"
                 + (f": {', '.join(str(r['trial']) for r in rest)}." if rest else ".")
             )
-        for rule, article in (("linear rule", "the "), ("chance", "")):
-            if rule in self.baselines:
-                level, row, n = self.baselines[rule], self.by_accuracy, self.n_validation
-                low, high = evidence.sample_interval(row["val_accuracy"], n)
-                ends = np.array([[low, high], [row["val_accuracy_low"], row["val_accuracy_high"]]])
-                apart = "above" if (level < ends).all() else "below" if (level > ends).all() else ""
-                findings.append(
-                    f"**The best accuracy is {apart or 'not distinguishable from'} {article}{rule}**, which scores "
-                    f"{100 * level:.1f} % on test samples: the trial scores {accuracy(row)} over replicas, and {n:,} "
-                    f"validation samples leave it [{100 * low:.1f}, {100 * high:.1f}]. Being the best of "
-                    f"{len(self.complete)} complete trials, it needs confirming."
-                )
-                break
+        if self.baselines:
+            findings.append(self._against_rule())
         for name, row in self.trends.iterrows():
             if self._decided(row):
                 word = "larger" if row["rho"] < 0 else "smaller"
@@ -193,6 +232,28 @@ class Report:
         if undecided:
             findings.append(f"**No trend is shown by these trials for**: {', '.join(undecided)}.")
         return "\n".join(f"{i}. {finding}" for i, finding in enumerate(findings, 1))
+
+    def _against_rule(self):
+        """The best accuracy beside the best simple rule."""
+        row, n = self.by_accuracy, self.n_validation
+        rule, level, others = best_rule(self.baselines)
+        low, high = evidence.sample_interval(row["val_accuracy"], n)
+        over = f" over replicas, balanced over classes {balanced(row)}" if self.show_balanced else " over replicas"
+        if self.budget["n_replicas"] < 2:
+            title, over = (
+                f"The best accuracy, of one replica, stands beside {rule}",
+                over.removeprefix(" over replicas"),
+            )
+        else:
+            ends = np.array([[low, high], [row["val_accuracy_low"], row["val_accuracy_high"]]])
+            apart = "above" if (level < ends).all() else "below" if (level > ends).all() else ""
+            title = f"The best accuracy is {apart or 'not distinguishable from'} {rule}"
+        return (
+            f"**{title}**, the best simple rule, which "
+            f"scores {100 * level:.1f} % on test samples{others}: the trial scores {accuracy(row)}{over}, and "
+            f"{n:,} validation samples leave it [{100 * low:.1f}, {100 * high:.1f}]. Being the best of "
+            f"{len(self.complete)} complete trials, it needs confirming."
+        )
 
     def recommendations(self):
         best = self.by_ce
@@ -238,14 +299,57 @@ class Report:
             f"- **A trial** is {b['n_replicas']} replicas with their own initial values, batches and noise, trained "
             f"together for {b['n_steps']} steps (AdamW, {b['schedule'].replace('_', '-')} rate, gradient norm at "
             f"most {b['clip']:g} a replica, precision {precision}) on {escape(device)}.\n"
-            f"- **A score** is the mean over replicas on {self.n_validation:,} validation samples that no training "
-            "batch holds, without gate noise, after the last step. The interval is Student's t over replicas: the seed "
+            f"- **A score** is the mean over replicas on {self.n_validation:,} validation samples"
+            f"{self._unseen('validation', ' that no training batch holds')}, without gate noise, after the last step. "
+            "The interval is Student's t over replicas: the seed "
             "is the unit of replication, not the sample. CE is in nats.\n"
-            f"- **The search** (sampler {self.how['sampler']}, pruner {self.how['pruner']}) asks for the best "
+            f"{self._samples()}"
+            f"- **The search** ({' and then '.join(self._searches())}) asks for the best "
             f"`{self.asked['objective']}` on the validation set. A trial's rank: complete trials by CE, then pruned "
             "ones by how long they were let run and by CE. The trials are what the sampler tried, not an experiment on "
             "one hyperparameter at a time."
         )
+
+    def _unseen(self, split, where_true):
+        """What can be said of the samples of a split: where_true, or how many of them are copies, or nothing."""
+        if self.task["task"] == "routing":  # drawn afresh
+            return where_true
+        n = self.facts.get("copies", {}).get(split)  # an older study has not counted them
+        if n:
+            return f" ({n} of them exact {'copies' if n > 1 else 'copy'} of samples in other splits)"
+        return "" if n is None else where_true
+
+    def _samples(self):
+        """What a reader of a score should know about the samples, where they come from recordings."""
+        facts, n_classes = self.facts, self.task.get("n_classes", 2)
+        if "copies" not in facts:
+            return ""
+        said = f"{n_classes} classes, of which {facts['tested']} have test samples."
+        for split, absent in facts["untested"].items():
+            if absent:
+                said += (
+                    f" There is no {split} sample of {names_of(absent)}, so no score speaks of {self._them(absent)}."
+                )
+        if self.show_balanced:
+            said += (
+                f" The largest class has {100 * facts['largest_share']:.0f} % of the samples, so balanced accuracy "
+                "(the mean over classes of the share that is right; naming one class alone gives "
+                f"{100 / max(facts['tested'], 1):.0f} %) stands beside accuracy."
+            )
+        if facts["grouped"]:
+            said += " Samples of one group (subject, session or recording) are on one side of the split."
+        n_copies = {split: n for split, n in facts["copies"].items() if n}
+        if n_copies:
+            counted = ", ".join(f"{n} {split}" for split, n in n_copies.items())
+            said += f" Exact copies of samples in another split: {counted} samples."
+        if facts["constant"]:
+            said += f" {facts['constant']} of {facts['n_features']} features are constant in training and count as 0."
+        return f"- **Samples**: {said}\n"
+
+    def _searches(self):
+        """Every sampler and pruner that trials were made with, in the order of their first use."""
+        used = self.trials.drop_duplicates(["sampler", "pruner"])
+        return [f"sampler {row['sampler']}, pruner {row['pruner']}" for _, row in used.iterrows()]
 
     def undecided(self):
         lines = [
@@ -256,6 +360,8 @@ class Report:
         lines.append(
             "Whether the best trial stays best on fresh seeds and on test samples: no trial has been trained again."
         )
+        if self.budget["n_replicas"] < 2:
+            lines.append("Which trial is best: with one replica a trial nothing can be told apart.")
         if self.level[1:]:
             lines.append(
                 f"Which of {len(self.level)} trials is best: their intervals over replicas do not separate them."
@@ -264,25 +370,34 @@ class Report:
 
     def reproduce(self):
         t = self.complete
-        b, q, task = self.budget, self.asked, files.word(self.task["task"])
-        command = (
-            f"papermill notebooks/tune.ipynb runs/tune.ipynb -p study_name again -p task {task} "
-            f"-p n_trials {int(self.trials['state'].isin(['complete', 'pruned']).sum())} -p n_steps {b['n_steps']} "
-            f"-p n_replicas {b['n_replicas']} -p objective {q['objective']} -p sampler {self.how['sampler']} "
-            f"-p pruner {self.how['pruner']} -p seed {q['seed']} "
-            f"-p precision {b['precision']} -p space reports/{self.name}/space.yaml"
-        )
+        b, q, task = self.budget, self.asked, self._given()
+        commands, ended = [], self.trials[self.trials["state"].isin(["complete", "pruned"])]
+        changed = (ended[["sampler", "pruner"]] != ended[["sampler", "pruner"]].shift()).any(axis=1).cumsum()
+        for _, part in ended.groupby(changed):
+            n_trials = int((ended["trial"] <= part["trial"].max()).sum())
+            commands.append(
+                f"papermill notebooks/tune.ipynb runs/tune.ipynb -p study_name again -p task {task} "
+                f"-p n_trials {n_trials} -p n_steps {b['n_steps']} "
+                f"-p n_replicas {b['n_replicas']} -p objective {q['objective']} -p sampler {part['sampler'].iloc[0]} "
+                f"-p pruner {part['pruner'].iloc[0]} -p seed {q['seed']} "
+                f"-p precision {b['precision']} -p space reports/{self.name}/space.yaml"
+            )
+        command = "\n".join(commands)
         names = {"commit": "commit", "torch": "torch", "Optuna": "optuna", "Python": "python", "device": "device"}
         used = "; ".join(f"{name} {', '.join(sorted(set(map(str, t[key]))))}" for name, key in names.items())
         minutes = self.trials["train_seconds"].sum() / 60
         return f"- {escape(used)}.\n- Training and scoring took {minutes:.1f} minutes.\n\n```\n{command}\n```"
 
+    def _given(self):
+        """The task as a word of a command: the path it was loaded from."""
+        return files.word(self.facts.get("given", self.task["task"]))
+
     def curves(self, name):
         """(steps, {label: (evaluations, R)}) of the two best and the two worst complete trials by CE."""
         ordered = self.complete.sort_values("val_ce")["trial"].tolist()
         chosen = dict.fromkeys(ordered[:2] + ordered[-2:])
-        trials = self.study.get_trials(deepcopy=False)
-        kept = {number: trials[number].user_attrs for number in chosen}
+        kept = {t.number: t.user_attrs for t in self.study.get_trials(deepcopy=False)}
+        kept = {number: kept[number] for number in chosen}
         steps = next(iter(kept.values()))["steps"]
         return steps, {f"trial {number}": np.array(k["curves"][name], dtype=float) for number, k in kept.items()}
 
@@ -296,8 +411,8 @@ class Report:
         """evidence.importance over the finished trials, ranked as their standing; empty for fewer than ten."""
         if len(self.ended) < 10:
             return pd.DataFrame(columns=["name", "importance", "low", "high", "beats_placebo"])
-        trials = self.study.get_trials(deepcopy=False)
-        return evidence.importance([trials[i] for i in self.ended["trial"]], self.ended["standing"])
+        trials = {t.number: t for t in self.study.get_trials(deepcopy=False)}
+        return evidence.importance([trials[number] for number in self.ended["trial"]], self.ended["standing"])
 
     def raw_data(self):
         """Write the CSV and the pickled study into self.folder, and list them and the database."""

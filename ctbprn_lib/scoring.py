@@ -1,32 +1,52 @@
 """Noise-free scores of a network on a task's fixed splits, and where its router looks."""
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from ctbprn_lib.model import CTBPRN
+from ctbprn_lib.tasks import ArrayTask, RoutingTask
 
 # of one activation while scoring: bounds memory, and on a CPU stays near the caches
 SCORING_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 
 
 @torch.no_grad()
-def score(model, task, split, n_samples, seq_len=None, autocast=nullcontext):
-    """Noise-free scores of each replica on the task's fixed split: {"val_ce" or "test_ce": (R,), ...accuracy (R,)}.
+def score(
+    model: CTBPRN,
+    task: RoutingTask | ArrayTask,
+    split: str,
+    n_samples: int | None = None,
+    seq_len: int | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> dict[str, np.ndarray]:
+    """Noise-free scores of each replica on the task's split "validation" or "test": {name: (R,)}.
 
-    route_accuracy is there where the task knows the true area. Samples go through in portions that bound memory.
+    The names begin with val_ or test_: ce (nats), accuracy, and balanced_accuracy, which is the mean, over the classes
+    of the split, of the share of a class's samples that is right.  Where the task knows the true area there are also
+    route_accuracy_1 to route_accuracy_L, one a layer: the share of samples whose largest route logit is the true area.
     """
-    return named(*totals(model, task, split, n_samples, seq_len, autocast), split)
+    n_layers, n_classes = model.config["n_layers"], model.config["n_classes"]
+    return named(totals(model, task, split, n_samples, seq_len, autocast), n_layers, n_classes, split)
 
 
 @torch.no_grad()
 def totals(model, task, split, n_samples, seq_len, autocast):
-    """(3,R) sums over the samples on the model's device: nats, hits, and hits of the true area (NaN if unknown); n."""
-    R, device = model.config["n_replicas"], model.temperature.device
+    """(2 + L + 2 C, R) sums over the samples, on the model's device: nats, hits, hits of the true area by each layer
+    (NaN if unknown), hits in each class, and samples of each class.
+
+    The samples go through in portions that bound memory.
+    """
+    R, L, device = model.config["n_replicas"], model.config["n_layers"], model.temperature.device
+    C = model.config["n_classes"]
     tokens = min(seq_len or task.n_tokens, task.n_tokens)
     sample = 4 * R * task.n_areas * tokens * max(model.config["d"], task.n_features)
-    portion, n = max(1, SCORING_BYTES[device.type] // sample), 0
-    sums = torch.zeros(3, R, dtype=torch.double, device=device)
+    portion = max(1, SCORING_BYTES[device.type] // sample)
+    classes = torch.arange(C, device=device)
+    sums = torch.zeros(2 + L + 2 * C, R, dtype=torch.double, device=device)
     for batch in task.fixed(split, n_samples, seq_len, device):
         for i in range(0, batch.y.shape[1], portion):
             x, y, mask, area = (
@@ -34,39 +54,67 @@ def totals(model, task, split, n_samples, seq_len, autocast):
             )
             with autocast():
                 logits, route = model(x, None, mask)
+            hit, of_class = logits.argmax(-1) == y, y[..., None] == classes  # (R,B), (R,B,C)
             sums[0] += cross_entropy(logits, y).double().sum(1)
-            sums[1] += (logits.argmax(-1) == y).sum(1)
-            sums[2] += torch.nan if area is None else (route[:, -1].argmax(-1) == area).sum(1)
-            n += y.shape[1]
-    return sums, n
+            sums[1] += hit.sum(1)
+            sums[2 : 2 + L] += torch.nan if area is None else (route.argmax(-1) == area[:, None]).sum(-1).T
+            sums[2 + L : 2 + L + C] += (hit[..., None] & of_class).sum(1).T
+            sums[2 + L + C :] += of_class.sum(1).T
+    return sums
 
 
-def named(sums, n, split):
+def named(sums, n_layers, n_classes, split):
     """{name of score: (R,)} from totals and the split they are of."""
-    ce, accuracy, routed = (sums / n).cpu().numpy()
+    sums = sums.cpu().numpy()
+    nats, hits, routed = sums[0], sums[1], sums[2 : 2 + n_layers]
+    hits_in_class, in_class = np.split(sums[2 + n_layers :], [n_classes])
+    n, tested = in_class.sum(0), in_class[:, 0] > 0
     prefix = "val" if split == "validation" else split
-    scores = {f"{prefix}_ce": ce, f"{prefix}_accuracy": accuracy}
-    return scores if np.isnan(routed).all() else scores | {"route_accuracy": routed}
+    scores = {
+        f"{prefix}_ce": nats / n,
+        f"{prefix}_accuracy": hits / n,
+        f"{prefix}_balanced_accuracy": (hits_in_class[tested] / in_class[tested]).mean(0),
+    }
+    if not np.isnan(routed).all():
+        scores |= {f"route_accuracy_{layer}": share / n for layer, share in enumerate(routed, 1)}
+    return scores
+
+
+def route_accuracy(scores: dict[str, np.ndarray], validation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{"route_accuracy": (R,)}: from scores, that of the layer which routes best by the scores on validation samples.
+
+    It is {} where the task knows no true area.  Each replica has a best layer of its own.
+    """
+    layers = sorted(name for name in validation if name.startswith("route_accuracy_"))
+    if not layers:
+        return {}
+    best = np.array([validation[name] for name in layers]).argmax(0)
+    shares = np.array([scores[name] for name in layers])
+    return {"route_accuracy": shares[best, np.arange(len(best))]}
 
 
 @torch.no_grad()
-def route_shares(model, task, n_samples=2048, seq_len=None):
-    """Where the router looks: (rows, K) shares of validation samples over all replicas, by largest last-layer logit.
+def route_shares(
+    model: CTBPRN, task: RoutingTask | ArrayTask, n_samples: int = 2048, seq_len: int | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Where the router of each layer looks: (L, rows, K) shares of validation samples over all replicas.
 
-    A row is a true area where the task knows it, else a class.  Returns (shares, row names).
+    A sample looks at the area with the largest route logit.  A row is a true area where the task knows it, else a
+    class.  Returns (shares, row names).
     """
-    R, K, device = model.config["n_replicas"], task.n_areas, model.temperature.device
+    R, L, K, device = model.config["n_replicas"], model.config["n_layers"], task.n_areas, model.temperature.device
     known, counts = False, None
     for batch in task.fixed("validation", n_samples, seq_len, device):
         known = batch.area is not None
         rows = batch.area if known else batch.y
-        counts = torch.zeros(K if known else task.n_classes, K) if counts is None else counts
+        counts = torch.zeros(L, K if known else task.n_classes, K) if counts is None else counts
         x, mask = (None if t is None else t.expand(R, *[-1] * (t.ndim - 1)) for t in (batch.x, batch.mask))
-        looks = model(x, None, mask)[1][:, -1].argmax(-1)  # (R,B)
-        counts.index_put_((rows.expand(R, -1).cpu(), looks.cpu()), torch.ones(()), accumulate=True)
-    return (counts / counts.sum(1, keepdim=True)).numpy(), task.area_names if known else task.class_names
+        looks = model(x, None, mask)[1].argmax(-1).cpu()  # (R,L,B)
+        for layer in range(L):
+            counts[layer].index_put_((rows.expand(R, -1).cpu(), looks[:, layer]), torch.ones(()), accumulate=True)
+    return (counts / counts.sum(-1, keepdim=True)).numpy(), task.area_names if known else task.class_names
 
 
-def cross_entropy(logits, y):
+def cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """logits (R,B,C), y (R,B) -> (R,B) in nats, in float32 whatever the precision of the network."""
     return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape)

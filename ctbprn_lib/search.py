@@ -4,12 +4,15 @@ A study is a database: each trial holds its hyperparameters, every replica's sco
 The study itself holds a fingerprint of what its trials have in common, so that two different questions never mix.
 """
 
+import functools
 import json
 import math
+import os
 import platform
 import re
 import subprocess
 import time
+import uuid
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -22,7 +25,7 @@ import torch._dynamo  # torch.optim imports it in the first training: Ctrl-C ami
 from ctbprn_lib import InputError, __version__, checkpoint, files, storage, workers
 from ctbprn_lib.device import device_name, out_of_memory
 from ctbprn_lib.evidence import mean_interval
-from ctbprn_lib.storage import connect, locked, storage_url, study_folder
+from ctbprn_lib.storage import connect, locked, sqlite_file, storage_url, study_folder
 from ctbprn_lib.train import Hyperparameters, fit
 from ctbprn_lib.workers import FINISHED
 
@@ -42,6 +45,7 @@ TUNING = 0  # first spawn key of a trial's SeedSequence: seeds of one purpose ne
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 ORIGIN = ("device", "precision", "torch", "optuna", "python", "commit")
 MOST = 1_000_000_000  # of a hyperparameter; its reciprocal is the least, for float32's sake
+SCORES = ("val_accuracy", "val_ce", "val_balanced_accuracy")
 HYPERPARAMETERS = [f.name for f in fields(Hyperparameters)]
 
 
@@ -76,9 +80,10 @@ def load_space(path, task):
                 refuse("a range has low, high and optionally log")
             if not isinstance(entry.get("log", False), bool):
                 refuse(f"log must be true or false, got {entry['log']!r}")
+            entry = {key: _number(value) for key, value in entry.items()}
             levels = [entry["low"], entry["high"]]
         else:
-            levels = entry = entry if isinstance(entry, list) else [entry]
+            levels = entry = [_number(level) for level in (entry if isinstance(entry, list) else [entry])]
             if not levels or any(levels.count(level) > 1 for level in levels):
                 refuse("expected at least one level, each once")
         for level in levels:
@@ -96,6 +101,11 @@ def load_space(path, task):
             refuse(f"low must be below high, got {entry['low']} and {entry['high']}")
         space[name] = entry
     return space
+
+
+def _number(value):
+    """A number that YAML 1.1 takes for text because it has no point (1e-4) as a number; anything else as it is."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
 
 
 def suggest(trial, space):
@@ -123,7 +133,8 @@ def edge(entry, best):
 
 def study_name_for(task):
     """A study name made from the task's: "uea:BasicMotions" gives uea-BasicMotions."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", task.description["task"].removesuffix(".npz")).strip("-._")[:64] or "study"
+    name = re.sub(r"\.npz$", "", task.description["task"], flags=re.IGNORECASE)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:64] or "study"
 
 
 def open_study(name, storage="", *, task, space, budget, objective="val_ce", sampler="tpe", pruner="median", seed=0):
@@ -139,33 +150,66 @@ def open_study(name, storage="", *, task, space, budget, objective="val_ce", sam
     url = storage_url(name, storage)
     kept = connect(url)
     with locked(url):
-        how = dict(directions=OBJECTIVES[objective], pruner=PRUNERS[pruner](), load_if_exists=True)
-        study = optuna.create_study(study_name=name, storage=kept, **how)
+        made = optuna.create_study(study_name=name, storage=kept, directions=OBJECTIVES[objective], load_if_exists=True)
+        study = workers.Study(name, kept, pruner=PRUNERS[pruner]())
         asked, so_far = study.user_attrs.get("fingerprint"), len(study.get_trials(deepcopy=False))
-        if asked is None and not so_far:
+        if asked is None:
+            _refuse_of_others(made, objective)
             study.set_user_attr("fingerprint", fingerprint)
+            study.set_user_attr("id", uuid.uuid4().hex)  # a study deleted and made again is another one
         elif asked != fingerprint:
             differences = "\n".join(f"  {what}" for what in _differences(asked or {}, fingerprint))
             raise InputError(f"study {name!r} exists and asks another question; give another study_name, or the values "
                              f"it was made with:\n{differences}")  # fmt: skip
         n_before = study.user_attrs.get("n_workers", 0)
         study.set_user_attr("n_workers", n_before + 1)
-        study.set_user_attr("how", {"sampler": sampler, "pruner": pruner})
+        study.set_user_attr("facts", json.loads(json.dumps(task.facts | {"given": task.given})))
     if "baselines" not in study.user_attrs:
         study.set_user_attr("baselines", task.baselines())
     # the same seed again would repeat the trials that are there, or those of a worker that has begun beside this one
     sampler_seed = int(np.random.SeedSequence([seed, so_far, n_before]).generate_state(1)[0])
     study.sampler = SAMPLERS[sampler](seed=sampler_seed)
+    study.marks, study.outside = {"sampler": sampler, "pruner": pruner}, functools.partial(_outside, space)
     return study
+
+
+def _refuse_of_others(study, objective):
+    """Refuse a study that another program made and used, or made for something else."""
+    n_trials, directions = len(study.get_trials(deepcopy=False)), [d.name.lower() for d in study.directions]
+    if n_trials or directions != OBJECTIVES[objective]:
+        raise InputError(
+            f"study {study.study_name!r} was made by another program ({n_trials} trials, it is to "
+            f"{' and '.join(directions)}), so its trials cannot be compared with those of this project; give another "
+            "study_name"
+        )
+
+
+def _outside(space, values):
+    """Why hyperparameters (a dict) that somebody enqueued are not of the space, or ""."""
+    for name, value in values.items():
+        entry = {"low": 0.0, "high": 1.0} if name == PLACEBO else space.get(name)
+        if entry is None:
+            return f"{name} is not searched"
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        inside = value in entry if isinstance(entry, list) else number and entry["low"] <= value <= entry["high"]
+        try:
+            if name != PLACEBO:
+                Hyperparameters(**{name: value})
+        except InputError:
+            inside = False
+        if not inside:
+            return f"{name} = {value!r} lies outside the space"
+    return ""
 
 
 def load_study(name, storage=""):
     """The study to read from.  Raises InputError if it is not there, or not one that open_study made."""
     url = storage_url(name, storage)
-    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
+    place = sqlite_file(url)
+    if place and not place.is_file():
         raise InputError(f"there is no study {name!r} yet; notebooks/tune.ipynb makes one")
     try:
-        study = optuna.load_study(study_name=name, storage=connect(url, reading=True), sampler=None)
+        study = workers.Study(name, connect(url, reading=True))
     except KeyError:
         raise InputError(f"the storage has no study {name!r}") from None
     if "fingerprint" not in study.user_attrs:
@@ -236,12 +280,12 @@ def checkpoint_of(study, trial):
 
 
 def scores(result, at=-1):
-    """Mean held-out CE and accuracy of a Fit at one of its scorings, the last if not said.
+    """Mean held-out scores (SCORES) of a Fit at one of its scorings, the last if not said.
 
     A diverged replica counts as knowing nothing: ln C nats and 1/C.
     """
     C = result.model.config["n_classes"]
-    return {k: float(or_chance(k, result.curves[k][at], C).mean()) for k in ("val_ce", "val_accuracy")}
+    return {k: float(or_chance(k, result.curves[k][at], C).mean()) for k in SCORES}
 
 
 def or_chance(name, values, n_classes):
@@ -271,19 +315,19 @@ def trial_record(result):
 def records(study):
     """One row a trial, in the order of their numbers.  Raises InputError if there is none.
 
-    Columns: trial, state, val_accuracy and val_ce with _low and _high (95 % t interval over replicas), the space's
-    hyperparameters, the placebo, cost, provenance, and each replica's score as val_accuracy_0 and so on (that of
-    chance where it diverged).
+    Columns: trial, state, each of SCORES with _low and _high (95 % t interval over replicas), the space's
+    hyperparameters, the placebo, route_accuracy (mean over replicas), cost, sampler, pruner, provenance, and each
+    replica's score as val_accuracy_0 and so on (that of chance where it diverged).
     """
     asked, rows = study.user_attrs["fingerprint"], []
-    C = asked["task"].get("n_classes", 2)
+    C, how = asked["task"].get("n_classes", 2), study.user_attrs.get("how", {})  # of studies before trials kept it
     for trial in study.trials:
         kept = dict(trial.user_attrs)
         if trial.state == optuna.trial.TrialState.FAIL:  # how far it had come is no score
-            kept = {name: value for name, value in kept.items() if name not in ("val_accuracy", "val_ce", "curves")}
+            kept = {name: value for name, value in kept.items() if name not in (*SCORES, "curves")}
         row, each = {"trial": trial.number, "state": trial.state.name.lower()}, {}
-        curves = kept.get("curves", {})
-        for name in ("val_accuracy", "val_ce"):
+        curves = by_layer(kept.get("curves", {}))
+        for name in SCORES:
             last = or_chance(name, curves.get(name, [[]])[-1], C)
             each |= {f"{name}_{r}": value for r, value in enumerate(last)}
             row[name] = kept.get(name, math.nan)
@@ -295,11 +339,21 @@ def records(study):
         row["n_steps"] = kept.get("steps", [0])[-1]
         cost = ("n_diverged", "train_seconds", "step_time_ms", "peak_mem_mib", "n_parameters", "samples_seen")
         row |= {name: kept.get(name, math.nan) for name in cost}
+        row |= {name: kept.get(name, how.get(name, "")) for name in ("sampler", "pruner")}
         row |= {name: kept.get(name, "") for name in (*ORIGIN, "failure")}
         rows.append(row | each)
     if not rows:
         raise InputError(f"study {study.study_name!r} has no trial yet; notebooks/tune.ipynb runs them")
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    recorded = table.columns[table.notna().any() | ~table.columns.str.contains("balanced")]  # older studies have none
+    return table[recorded]
+
+
+def by_layer(scores):
+    """A record's scores with route_accuracy_1 to _L: records of before gave that of the last layer alone, nameless."""
+    if "route_accuracy" not in scores or "route_accuracy_1" in scores:
+        return scores
+    return {k: v for k, v in scores.items() if k != "route_accuracy"}
 
 
 def hyperparameters(row):
@@ -309,14 +363,21 @@ def hyperparameters(row):
 
 
 def commit():
-    """The commit of the code that runs, with -dirty if the library or notebooks differ from it; else "unknown"."""
+    """The commit of the code that runs, with -dirty if the library or notebooks differ from it.
+
+    It is "unknown" unless the project's own folder is the top of a git checkout: a copy of the project may lie inside
+    another repository, and a git hook's environment (GIT_DIR) names another one too.
+    """
+    project = Path(__file__).resolve().parent.parent
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words):
-        return subprocess.run(
-            ("git", *words), cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True
-        ).stdout
+        done = subprocess.run(("git", *words), cwd=project, env=environment, capture_output=True, check=True)
+        return os.fsdecode(done.stdout)
 
     try:
+        if Path(git("rev-parse", "--show-toplevel").removesuffix("\n")).resolve() != project:
+            return "unknown"
         dirty = git("status", "--porcelain", "--", "ctbprn_lib", "notebooks")
         return git("rev-parse", "--short=10", "HEAD").strip() + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):

@@ -9,6 +9,7 @@ import re
 import sqlite3
 import sys
 import time
+import urllib.parse
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -28,6 +29,9 @@ ADVISORY_LOCK = 0x435442  # its number in PostgreSQL, which has one such lock fo
 POSTGRESQL = dict(connect_timeout=10, keepalives_idle=30, keepalives_interval=10, keepalives_count=3,
                   tcp_user_timeout=30_000)  # fmt: skip
 HOPELESS = "authentication failed|no password|pg_hba|does not exist|permission denied|No space left"  # of waiting
+
+
+ELSEWHERE = "set the variable CTBPRN_STORAGE to sqlite:///<file> in a folder of this machine that you may write to"
 
 
 class StorageError(InputError):
@@ -54,11 +58,30 @@ def storage_url(name, storage=""):
             "into the variable CTBPRN_STORAGE or the password into ~/.pgpass"
         )
     storage = storage or os.environ.get("CTBPRN_STORAGE", "").strip()  # a Secret made from a file ends in a newline
-    storage = storage or f"sqlite:///{study_folder(name) / 'optuna_studies' / 'ctbprn_study.db'}"
-    url = _parsed(storage)
-    if url.get_backend_name() == "sqlite" and not os.path.isabs(url.database):
-        return storage.replace(":///", f":///{REPORTS.parent}/", 1)
-    return storage
+    if not storage:
+        return _sqlite_url(study_folder(name) / "optuna_studies" / "ctbprn_study.db")
+    file = sqlite_file(storage)
+    if file is None or file.is_absolute():
+        return storage
+    url, query = _sqlite_url(REPORTS.parent / file), storage.partition("?")[2]
+    return url + (f"{'&' if '?' in url else '?'}{query}" if query else "")
+
+
+def _sqlite_url(file):
+    """A URL for any path.  SQLAlchemy would end the path at a "?", so such a path goes as a URI of SQLite's own."""
+    if "?" not in str(file):
+        return f"sqlite:///{file}"
+    return f"sqlite:///file:{urllib.parse.quote(os.fsencode(file))}?uri=true"
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of a SQLite URL; None for another database."""
+    url = _parsed(url)
+    if url.get_backend_name() != "sqlite":
+        return None
+    if url.query.get("uri") == "true" and url.database.startswith("file:"):
+        return Path(os.fsdecode(urllib.parse.unquote_to_bytes(url.database.removeprefix("file:"))))
+    return Path(url.database)
 
 
 def _parsed(url):
@@ -68,6 +91,12 @@ def _parsed(url):
         parsed = None  # (its text may be a password)
     if parsed is None or parsed.get_backend_name() not in ("sqlite", "postgresql") or not parsed.database:
         raise InputError("storage must be sqlite:///<file> or postgresql://<user>@<server>/<database>")
+    query = url.partition("?")[2]
+    if parsed.get_backend_name() == "sqlite" and query and not re.fullmatch(r"([a-z_]+=[^&/]*(&|$))+", query):
+        raise InputError(
+            "storage must be sqlite:///<file>; a ? ends the file, so one in a path is written "
+            "sqlite:///file:<path with %3F>?uri=true"
+        )
     if parsed.get_backend_name() == "postgresql" and "@" in f"{parsed.host}{parsed.database}":
         raise InputError("storage has an @ too many; one in a password is written %40, and a / %2F")
     return parsed
@@ -82,9 +111,9 @@ def _secrets(url):
 
 def _place(url):
     """The file, or the server and the database, without the password."""
+    if file := sqlite_file(url):
+        return str(file)
     url = _parsed(url)
-    if url.get_backend_name() == "sqlite":
-        return url.database
     return f"PostgreSQL database {url.database!r} at {url.host or 'this machine'}:{url.port or 5432}"
 
 
@@ -188,7 +217,7 @@ def locked(url):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a")
         except OSError as error:
-            raise StorageError(f"{path} cannot be written: {error.strerror}") from None
+            raise StorageError(f"{path} cannot be written: {error.strerror}; {ELSEWHERE}") from None
         with file:
             started = time.monotonic()
             while not _flock(file):
@@ -207,8 +236,12 @@ def locked(url):
 def _flock(file):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kind that SQLite takes
     except BlockingIOError:
         return False
+    except OSError as error:
+        folder = Path(file.name).parent
+        raise StorageError(f"{folder}: its file system has no file locks ({error.strerror}); {ELSEWHERE}") from None
     return True
 
 

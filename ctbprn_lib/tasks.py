@@ -6,10 +6,12 @@ seq_len is how many of the first tokens the network sees; labels always come fro
 """
 
 import hashlib
+import importlib.util
 import math
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -42,7 +44,10 @@ class RoutingTask:
     """
 
     n_classes = 2
+    classes = np.arange(2)
     class_names = ("sum below zero", "sum above zero")
+    given = "routing"
+    facts: dict = {}  # noqa: RUF012 (nothing to say: every sample is drawn afresh)
 
     def __init__(self, n_areas=2, n_features=64, n_tokens=128, signal=0.5, noise=0.7):
         if min(n_areas, n_tokens) < 1 or n_features < 4:
@@ -56,7 +61,12 @@ class RoutingTask:
         self.area_names = tuple(f"area {k + 1}" for k in range(n_areas))
         self.description = dict(task="routing", n_areas=n_areas, n_features=n_features, n_tokens=n_tokens,
                                 signal=signal, noise=noise)  # fmt: skip
+        self.preparation = Preparation.unchanged(n_areas, n_features)
         self._kept = {}
+
+    def __getstate__(self) -> dict:
+        """What another process needs; it draws the validation set itself."""
+        return self.__dict__ | {"_kept": {}}
 
     def draw(self, n_replicas, batch_size, generator, seq_len=None):
         """A fresh training batch for each replica, on the generator's device; only seq_len tokens are drawn."""
@@ -92,17 +102,74 @@ class RoutingTask:
             yield _map(_first_tokens(batch, seq_len), lambda t: t[:, : n_samples - i * CHUNK])  # noqa: B023
 
     def baselines(self, n_samples=8192):
-        """Test accuracy of rules that are not learnt: chance, the sign of the sum over areas, area first then sign."""
-        hits = {"chance": [], "linear rule": [], "ceiling": []}
+        """Test accuracy of rules that are not learnt.
+
+        The majority class; the sign of the sum over both areas; the ceiling: the area first, then its sign.
+        """
+        hits = {"majority class": [], "linear rule": [], "ceiling": []}
         for batch in self.fixed("test", n_samples):
             sums = batch.x[0, ..., : self.n_biased].sum(2)  # (B,K,q)
             found = sums.square().sum(-1).argmax(-1)
             sign_of_found = sums.sum(-1).gather(1, found[:, None])[:, 0] > 0
-            hits["chance"].append(batch.y[0] == 1)
+            hits["majority class"].append(batch.y[0] == 1)
             hits["linear rule"].append((sums.sum((1, 2)) > 0).long() == batch.y[0])
             hits["ceiling"].append(sign_of_found.long() == batch.y[0])
         means = {rule: torch.cat(hit).double().mean().item() for rule, hit in hits.items()}
-        return means | {"chance": max(means["chance"], 1 - means["chance"])}
+        share = means["majority class"]
+        return means | {"majority class": max(share, 1 - share)}
+
+
+class Preparation(NamedTuple):
+    """How raw recordings become what a network sees: features sorted by area, each one standardised.
+
+    columns: for recordings (N,T,F), the features of each area; None for recordings (N,K,T,F).
+    center, scale: (K,F) float64 in the units of the recordings.  A feature whose scale is infinite is constant in the
+    training samples (or fills up a smaller area), so it says nothing; it becomes 0 everywhere.
+    """
+
+    columns: tuple[tuple[int, ...], ...] | None
+    center: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def unchanged(cls, n_areas: int, n_features: int) -> "Preparation":
+        """For recordings (N,K,T,F) that a network sees as they are."""
+        return cls(None, np.zeros((n_areas, n_features)), np.ones((n_areas, n_features)))
+
+    @classmethod
+    def of(cls, x: np.ndarray, mask: np.ndarray, columns: tuple[tuple[int, ...], ...] | None) -> "Preparation":
+        """Learn center and scale (mean and standard deviation) from the tokens of x that mask (N,T) says exist.
+
+        A feature is constant if its values differ by no more than two roundings of the largest of them.
+        """
+        parts = [part[mask].astype(np.float64) for part in _areas(x, columns)]  # each (tokens of all samples, F)
+        n_features = max(part.shape[1] for part in parts)
+        self = cls(columns, np.zeros((len(parts), n_features)), np.full((len(parts), n_features), np.inf))
+        rounding = np.finfo(x.dtype if x.dtype.kind == "f" else np.float64).eps
+        for k, part in enumerate(parts):
+            low, high = part.min(0), part.max(0)
+            with np.errstate(over="ignore"):
+                spread = high - low
+            varies = spread > 2 * rounding * np.maximum(abs(low), abs(high))
+            unit = np.where(varies, spread, 1)
+            part = np.where(varies, (part - low) / unit, 0)  # in [0, 1], so that no unit is too small or too large
+            self.center[k, : len(low)] = low + unit * part.mean(0)
+            self.scale[k, : len(low)] = np.where(varies, unit * part.std(0), np.inf)
+        return self
+
+    def apply(self, x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Raw x (N,T,F) or (N,K,T,F) -> (N,K,T,F) float32, 0 where mask (N,T) says that no token exists.
+
+        A value too large for float32 becomes infinite.
+        """
+        (K, F), (N, T) = self.center.shape, mask.shape
+        out = np.zeros((N, K, T, F), np.float32)
+        for k, part in enumerate(_areas(x, self.columns)):
+            f = part.shape[-1]
+            with np.errstate(over="ignore", invalid="ignore"):  # tokens that do not exist may hold anything
+                part = (part.astype(np.float64) - self.center[k, :f]) / self.scale[k, :f]
+                out[:, k, :, :f] = np.where(mask[..., None], part, 0)
+        return out
 
 
 class ArrayTask:
@@ -111,83 +178,87 @@ class ArrayTask:
     x (N,K,T,F), or (N,T,F) with areas (F,) naming the area of each feature; y (N,) labels; split (N,) of "train",
     "validation" and "test", or None for a stratified 60/20/20; without any "validation" a third of the training
     samples, stratified, is set aside for it. lengths (N,): tokens that exist, where sequences are unequal.
-    Features are standardised with the training samples' statistics only.
-    Raises InputError that names source and says what was expected.
+    groups (N,): what samples have in common (subject, session, recording); a group is never on two sides of a split.
+    Features are standardised in float64 with the training samples' statistics only, so the unit does not matter.
+    source: what the task is called; given: the name under which load_task found it.
+    Raises InputError that names source and says what was expected, also where more than 1 % of a split are exact
+    copies of samples in another one (with groups they are only counted).
+
+    facts: what a reader of a score should know about the samples, as plain values (see _facts).
     """
 
-    def __init__(self, x, y, areas=None, split=None, lengths=None, source="arrays"):
-        def refuse(what):
-            raise InputError(f"{source}: {what}")
+    def __init__(
+        self,
+        x: np.ndarray,
+        y: np.ndarray,
+        areas: Sequence | np.ndarray | None = None,
+        split: Sequence | np.ndarray | None = None,
+        lengths: Sequence | np.ndarray | None = None,
+        groups: Sequence | np.ndarray | None = None,
+        source: str = "arrays",
+        given: str = "",
+    ) -> None:
+        def refuse(text: str) -> NoReturn:
+            raise InputError(f"{source}: {text}")
 
-        x, y = np.asarray(x), np.asarray(y)
-        areas = None if areas is None else np.asarray(areas)
-        if x.dtype.kind not in "fiu":
-            refuse(f"x must hold numbers, got dtype {x.dtype}")
-        if x.ndim not in (3, 4):
-            refuse(f"x must be (N,K,T,F) or (N,T,F), got shape {x.shape}")
-        if min(x.shape) < 1:
-            refuse(f"x is empty: {x.shape}")
-        N, T, F = x.shape[0], *x.shape[-2:]
+        x, mask = checked_recordings(x, lengths, refuse)
+        y = np.asarray(y)
+        N = len(x)
         if y.shape != (N,):
             refuse(f"y must be ({N},) for x {x.shape}, got shape {y.shape}")
-        lengths = np.full(N, T) if lengths is None else np.asarray(lengths)
-        if lengths.shape != (N,) or lengths.dtype.kind not in "iu" or lengths.min() < 1 or lengths.max() > T:
-            refuse(f"lengths must be ({N},) whole numbers in 1..{T}")
-        with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is refused below
-            x = x.astype(np.float32)
-        if x.ndim == 3:
-            if areas is None:
-                refuse(f"x {x.shape} is (N,T,F) and needs areas: the area of each of the {F} features")
-            x, self.area_names = _by_area(x, areas, refuse)
-        else:
-            areas = np.arange(1, x.shape[1] + 1) if areas is None else areas
-            if areas.shape != x.shape[1:2]:
-                refuse(f"areas must name the {x.shape[1]} areas of x, got shape {areas.shape}")
-            names = _names(areas, "areas", refuse)
-            self.area_names = names if areas.dtype.kind in "US" else tuple(f"area {name}" for name in names)
-        N, K, T, F = x.shape
-        mask = np.arange(T) < lengths[:, None]  # (N,T)
-        missing = ~np.isfinite(x) & mask[:, None, :, None]
-        if missing.any():
-            n, k, t, f = np.argwhere(missing)[0]
-            refuse(
-                f"x has {missing.sum()} missing or infinite values, the first at sample {n}, {self.area_names[k]}, "
-                f"token {t}, feature {f}; fill or drop them first"
-            )
-        classes, y = np.unique(y, return_inverse=True)
-        self.class_names = _names(classes, "y", refuse)
-        if len(classes) < 2:
-            refuse("y holds a single class; at least two are needed")
-        split = _splits(split, y, refuse)
+        self.area_names, columns = _area_names(x, None if areas is None else np.asarray(areas), refuse)
+        refuse_missing(x, mask, self.area_names, columns, refuse)
+        classes, y = _classes(y, refuse)
+        self.classes, self.class_names = classes, tuple(str(label) for label in classes.tolist())
+        groups = None if groups is None else _groups(np.asarray(groups), N, refuse)
+        split = _splits(split, y, groups, refuse)
         train = split == "train"
         if len(set(y[train])) < len(classes):
             absent = sorted(set(range(len(classes))) - set(y[train]))[0]
             refuse(f"y: class {self.class_names[absent]!r} has no training sample")
+        copies, first_pair = _copies(x, mask, split)
+        for name, n in copies.items():
+            if groups is None and n > 0.01 * (split == name).sum():
+                a, b = first_pair
+                refuse(
+                    f"{n} of the {(split == name).sum()} {name} samples are exact copies of samples in another split, "
+                    f"first samples {a} ({split[a]}) and {b} ({split[b]}); a score would measure memory. Drop the "
+                    "copies, or give groups (what samples have in common), which are kept on one side"
+                )
 
-        weight = mask[train][:, None, :, None]
-        count = weight.sum((0, 2), keepdims=True)
-        seen = np.where(weight, x[train], 0)
-        mean = seen.sum((0, 2), keepdims=True, dtype=np.float64) / count
-        std = np.sqrt((np.where(weight, seen - mean, 0) ** 2).sum((0, 2), keepdims=True) / count)
-        with np.errstate(over="ignore"):
-            x = np.where(mask[:, None, :, None], (x - mean) / np.where(std > 1e-12, std, 1), 0).astype(np.float32)
+        self.preparation = Preparation.of(x[train], mask[train], columns)
+        if np.isnan(self.preparation.scale).any():
+            refuse("x: the values of a feature differ by more than float64 can hold")
+        x = self.preparation.apply(x, mask)
         if not np.isfinite(x).all():
             refuse(
                 "x: a held-out sample lies so far from the training samples that float32 cannot hold it standardised"
             )
-
-        # what a new recording needs before the network of this task can read it
-        self.standardised = {"mean": mean[0, :, 0].tolist(), "std": std[0, :, 0].tolist()}  # (K,F)
-        self.n_areas, self.n_tokens, self.n_features, self.n_classes = K, T, F, len(classes)
+        self.n_areas, self.n_tokens, self.n_features = x.shape[1:]
+        self.n_classes, self.given = len(classes), given or source
         self.n_samples = {name: int((split == name).sum()) for name in SPLITS}
         content = b"".join(array.tobytes() for array in (x, y, mask, split))
-        self.description = dict(task=source, n_areas=K, n_features=F, n_tokens=T, n_classes=len(classes),
-                                n_samples=self.n_samples, sha256=hashlib.sha256(content).hexdigest())  # fmt: skip
+        self.description = dict(
+            task=source, n_areas=self.n_areas, n_features=self.n_features, n_tokens=self.n_tokens,
+            n_classes=self.n_classes, n_samples=self.n_samples, sha256=hashlib.sha256(content).hexdigest(),
+        )  # fmt: skip
+        self.facts = _facts(self, y, split, copies, grouped=groups is not None)
         self._parts = {}
         for name in SPLITS:
             part = split == name
             tensors = (x[part].swapaxes(0, 1), y[part], None if mask.all() else mask[part])  # x: (K,N,T,F)
             self._parts[name] = tuple(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in tensors)
+
+    def __getstate__(self) -> dict:
+        """Plain arrays for another process: torch would send tensors through /dev/shm, which may be small."""
+        parts = {name: self._parts[name] for name in SPLITS}
+        arrays = {name: tuple(None if t is None else t.numpy() for t in part) for name, part in parts.items()}
+        return self.__dict__ | {"_parts": arrays}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        for name, part in self._parts.items():
+            self._parts[name] = tuple(None if a is None else torch.from_numpy(a) for a in part)
 
     def draw(self, n_replicas, batch_size, generator, seq_len=None):
         """A training batch for each replica, drawn with replacement, on the generator's device."""
@@ -205,21 +276,23 @@ class ArrayTask:
             batch = Batch(x[:, part].transpose(0, 1)[None], y[None, part], None if mask is None else mask[None, part])
             yield _first_tokens(batch, seq_len)
 
-    def baselines(self):
-        """Test accuracy without the network: the largest class, and ridge regression on each feature's mean."""
+    def baselines(self) -> dict[str, float]:
+        """Test accuracy without the network: the largest class, and ridge regression on each feature's mean.
 
-        def means(split):
+        Ridge's coefficients are found iteratively (LSQR), so that thousands of features cost no more than a training.
+        """
+        from sklearn.linear_model import RidgeClassifier  # takes a second to import
+
+        def means(split: str) -> tuple[np.ndarray, np.ndarray]:
             x, y, mask = self._on(split, "cpu")
             m = x.mean(2) if mask is None else x.sum(2) / mask.sum(1)[:, None]  # (K,N,F)
-            m = m.transpose(0, 1).flatten(1).double()
-            return torch.cat([m, torch.ones(len(m), 1)], 1), y
+            return m.transpose(0, 1).flatten(1).double().numpy(), y.numpy()
 
         (a, y), (a_test, y_test) = means("train"), means("test")
-        onehot = torch.nn.functional.one_hot(y, self.n_classes).double()
-        weights = torch.linalg.solve(a.T @ a + torch.eye(a.shape[1]), a.T @ onehot)
+        rule = RidgeClassifier(solver="lsqr", tol=1e-6).fit(a, y)
         return {
-            "chance": (y_test == y.mode().values).double().mean().item(),
-            "linear rule": ((a_test @ weights).argmax(1) == y_test).double().mean().item(),
+            "majority class": float((y_test == np.bincount(y).argmax()).mean()),
+            "linear rule": float(rule.score(a_test, y_test)),
         }
 
     def _on(self, split, device):
@@ -229,32 +302,36 @@ class ArrayTask:
         return self._parts[split, str(device)]
 
 
-def load_task(name):
+def load_task(name: str) -> "RoutingTask | ArrayTask":
     """The task that name says: "routing", "uea:BasicMotions", "uea:<folder>" or the path of a .npz file.
 
-    A .npz holds x, y and, as ArrayTask has them, areas, split and lengths.
+    A .npz holds x, y and, as ArrayTask has them, areas, split, lengths and groups.
     Raises InputError for anything else, naming the file and the field.
     """
     if name == "routing":
         return RoutingTask()
     if name.startswith("uea:"):
-        return _load_uea(name.removeprefix("uea:"))
-    if not name.endswith(".npz"):
+        return _load_uea(name)
+    if not name.lower().endswith(".npz"):
         raise InputError(f'task {name!r}: expected "routing", "uea:<name or folder>" or the path of a .npz file')
-    arrays = files.npz(name, ("x", "y"), ("areas", "split", "lengths"))
-    return ArrayTask(**arrays, source=Path(name).name)
+    arrays = files.npz(name, ("x", "y"), ("areas", "split", "lengths", "groups"))
+    return ArrayTask(**arrays, source=_text(Path(name).name), given=name)
 
 
-def _load_uea(name):
+def _load_uea(given):
     """A UEA archive problem: one that ships with aeon, or a folder with NAME_TRAIN.ts and NAME_TEST.ts."""
-    try:
-        import aeon
-    except ImportError:
-        raise InputError(f"task uea:{name} needs the aeon package: pip install 'ctbprn[uea]'") from None
-    shipped = Path(aeon.__file__).parent / "datasets" / "data"
-    folder = next((place for place in (Path(name), shipped / name) if os.path.isdir(place)), None)
-    if folder is None:
-        raise InputError(f"task uea:{name}: expected BasicMotions, JapaneseVowels or a folder with its .ts files")
+    name = given.removeprefix("uea:")
+    folder = Path(name)
+    if not name or not os.path.isdir(folder):
+        aeon = importlib.util.find_spec("aeon")  # not imported, which takes seconds
+        folder = aeon and Path(aeon.origin).parent / "datasets" / "data" / name
+    if not name or not folder or not os.path.isdir(folder):
+        missing = "" if folder else " (the first two need the aeon package: pip install 'ctbprn[uea]')"
+        raise InputError(
+            f"task {given}: expected BasicMotions, JapaneseVowels or a folder with its .ts files{missing}; a "
+            f"relative folder is looked for in {os.getcwd()}"
+        )
+    folder = folder.resolve()  # "." has no name
     paths = [folder / f"{folder.name}_{part}.ts" for part in ("TRAIN", "TEST")]
     (train, train_y), (test, test_y) = (files.ts(path) for path in paths)
     series, n_features = train + test, train[0].shape[1]
@@ -270,63 +347,206 @@ def _load_uea(name):
     halves = ["first half" if f < -(-n_features // 2) else "second half" for f in range(n_features)]
     return ArrayTask(
         x,
-        train_y + test_y,
+        np.array(train_y + test_y),
         areas=UEA_AREAS.get(folder.name, halves),
         split=np.repeat(["train", "test"], [len(train), len(test)]),
         lengths=lengths,
-        source=f"uea:{folder.name}",
+        source=f"uea:{_text(folder.name)}",
+        given=given,
     )
 
 
-def _names(values, what, refuse):
-    """Areas or classes as text."""
+def checked_recordings(
+    x: np.ndarray, lengths: Sequence | np.ndarray | None, refuse: Callable[[str], NoReturn]
+) -> tuple[np.ndarray, np.ndarray]:
+    """x as an array of numbers (N,T,F) or (N,K,T,F), and mask (N,T), True where lengths (N,) says a token exists."""
+    x = np.asarray(x)
+    if x.dtype.kind not in "fiu":
+        refuse(f"x must hold numbers, got dtype {x.dtype}")
+    if x.ndim not in (3, 4):
+        refuse(f"x must be (N,K,T,F) or (N,T,F), got shape {x.shape}")
+    if min(x.shape) < 1:
+        refuse(f"x is empty: {x.shape}")
+    N, T = x.shape[0], x.shape[-2]
+    lengths = np.full(N, T) if lengths is None else np.asarray(lengths)
+    if lengths.shape != (N,) or lengths.dtype.kind not in "iu" or lengths.min() < 1 or lengths.max() > T:
+        refuse(f"lengths must be ({N},) whole numbers in 1..{T}")
+    if x.dtype == np.longdouble:
+        with np.errstate(over="ignore"):  # what becomes infinite is refused later
+            x = x.astype(np.float64)
+    return x, np.arange(T) < lengths[:, None]
+
+
+def _areas(x, columns):
+    """The recordings of each area in turn: (N,T,f), f its features."""
+    return [x[..., list(f)] for f in columns] if columns else list(x.swapaxes(0, 1))
+
+
+def _area_names(x, areas, refuse):
+    """(names, columns): the areas in order of first appearance, and the features of each where x is (N,T,F)."""
+    if x.ndim == 4:
+        areas = np.arange(1, x.shape[1] + 1) if areas is None else areas
+        if areas.shape != x.shape[1:2]:
+            refuse(f"areas must name the {x.shape[1]} areas of x, got shape {areas.shape}")
+        names = _names(areas, "areas", refuse)
+        return names if areas.dtype.kind in "US" else tuple(f"area {name}" for name in names), None
+    F = x.shape[2]
+    if areas is None:
+        refuse(f"x {x.shape} is (N,T,F) and needs areas: the area of each of the {F} features")
+    if areas.shape != (F,):
+        refuse(f"areas must name the area of each of the {F} features, got shape {areas.shape}")
+    labels = _names(areas, "areas", refuse)
+    names = tuple(dict.fromkeys(labels))
+    columns = tuple(tuple(f for f in range(F) if labels[f] == name) for name in names)
+    shape = (x.shape[0], len(names), x.shape[1], max(map(len, columns)))
+    if files.too_large(4 * math.prod(shape), 4 * x.size):
+        refuse(f"areas differ too much in size: padded to the largest, {shape[3]} features, x would be {shape}")
+    return names, columns
+
+
+def refuse_missing(x, mask, names, columns, refuse):
+    """Refuse values that are missing or infinite, with their number and the place of the first."""
+    places = []
+    for k, part in enumerate(_areas(x, columns)):
+        found = np.argwhere(~np.isfinite(part) & mask[..., None])
+        places += [(len(found), n, k, t, f) for n, t, f in found[:1]]
+    if places:
+        _, n, k, t, f = min(places, key=lambda place: place[1:])
+        refuse(
+            f"x has {sum(place[0] for place in places)} missing or infinite values, the first at sample {n}, "
+            f"{names[k]}, token {t}, feature {f}; fill or drop them first"
+        )
+
+
+def _classes(y, refuse):
+    """(classes, y): the labels there are, in order, and the number of each sample's."""
+    _names(y[:1], "y", refuse)
+    classes, y = np.unique(y, return_inverse=True)
+    names = _names(classes, "y", refuse)
+    if len(classes) < 2:
+        refuse("y holds a single class; at least two are needed")
+    return np.array(names) if classes.dtype.kind == "S" else classes, y
+
+
+def _names(values, field, refuse):
+    """Areas, classes or groups as text."""
+    if values.dtype == object:
+        refuse(f"{field} holds Python objects, as pandas makes of text; give {field}.astype(str)")
     if values.dtype.kind not in "iuUSb":
-        refuse(f"{what} must hold whole numbers or strings, got dtype {values.dtype}")
+        refuse(f"{field} must hold whole numbers or strings, got dtype {values.dtype}")
     try:
         names = tuple(v.decode() if isinstance(v, bytes) else str(v) for v in values.tolist())
         "".join(names).encode()  # numpy also holds code points that are no text
     except (ValueError, SystemError):  # the latter for code points beyond the last
-        refuse(f"{what} must hold whole numbers or strings, got something that is no text")
+        refuse(f"{field} must hold whole numbers or strings, got something that is no text")
     return names
 
 
-def _by_area(x, areas, refuse):
-    """(N,T,F) -> (N,K,T,F'), features grouped by area name in order of first appearance, zero-padded to equal F'."""
-    if areas.shape != (x.shape[2],):
-        refuse(f"areas must name the area of each of the {x.shape[2]} features, got shape {areas.shape}")
-    labels = np.array(_names(areas, "areas", refuse))
-    names = tuple(dict.fromkeys(labels.tolist()))
-    groups = [np.flatnonzero(labels == name) for name in names]
-    shape = (x.shape[0], len(names), x.shape[1], max(map(len, groups)))
-    if files.too_large(4 * math.prod(shape), x.nbytes):
-        refuse(f"areas differ too much in size: padded to the largest, {shape[3]} features, x would be {shape}")
-    out = np.zeros(shape, np.float32)
-    for k, features in enumerate(groups):
-        out[:, k, :, : len(features)] = x[:, :, features]
-    return out, names
+def _text(name):
+    """The name of a file or folder that goes into the record of a study."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the name {name!r} is no text in UTF-8; rename the file") from None
+    return name
 
 
-def _splits(split, y, refuse):
-    """(N,) of split names, completed by a stratified draw that depends on the labels alone."""
+def _groups(groups, n_samples, refuse):
+    """(N,) group names as text."""
+    if groups.shape != (n_samples,):
+        refuse(f"groups must be ({n_samples},), the group of each sample, got shape {groups.shape}")
+    return np.array(_names(groups, "groups", refuse))
+
+
+def _splits(split, y, groups, refuse):
+    """(N,) of split names, completed by a draw, stratified by class, that depends on labels and groups alone."""
     if split is None:
         split = np.full(len(y), "train", dtype="U10")
-        plan = (("validation", 0.2), ("test", 0.2))
+        plan = {"validation": 0.2, "test": 0.2}
     else:
         split = np.asarray(split)
         if split.shape != y.shape or split.dtype.kind != "U" or not np.isin(split, SPLITS).all():
             refuse(f"split must be ({len(y)},) of {', '.join(SPLITS)}")
         split = split.astype("U10")
-        plan = () if (split == "validation").any() else (("validation", 1 / 3),)
-    rng = np.random.default_rng(0)
-    per_class = [rng.permutation(np.flatnonzero((y == c) & (split == "train"))) for c in np.unique(y)]
-    for name, share in plan:
-        for members in per_class:
-            free = [n for n in members if split[n] == "train"]
-            split[free[: round(share * len(members))]] = name
+        plan = {} if (split == "validation").any() else {"validation": 1 / 3}
+        for group in () if groups is None else np.unique(groups):
+            sides = [name for name in SPLITS if (split[groups == group] == name).any()]
+            if len(sides) > 1:
+                refuse(f"group {str(group)!r} has samples in {' and in '.join(sides)}; a group belongs on one side")
+    free = np.flatnonzero(split == "train")
+    if plan and groups is not None:
+        split[free] = _split_groups(y[free], groups[free], plan, refuse)
+    elif plan:
+        rng = np.random.default_rng(0)
+        per_class = [rng.permutation(free[y[free] == c]) for c in np.unique(y)]
+        for name, share in plan.items():
+            for members in per_class:
+                left = [n for n in members if split[n] == "train"]
+                split[left[: round(share * len(members))]] = name
     for name in SPLITS:
         if not (split == name).any():
             refuse(f"no sample is left for {name}; give more samples or a split that has some")
     return split
+
+
+def _split_groups(y, groups, plan, refuse):
+    """(N,) of split names: whole groups, the largest first, each where the classes then fit their shares best.
+
+    plan: {"validation": share, ...}; the rest is training.
+    """
+    names, members = np.unique(groups, return_inverse=True)
+    shares = {"train": 1 - sum(plan.values())} | plan
+    if len(names) < len(shares):
+        refuse(f"groups: {len(names)} cannot be divided among {', '.join(shares)}; give more groups, or a split")
+    counts = np.zeros((len(names), y.max() + 1))  # samples of each class in each group
+    np.add.at(counts, (members, y), 1)
+    totals = np.maximum(counts.sum(0), 1)
+    wanted = np.array(list(shares.values()))[:, None] * np.ones(len(totals))
+    have = np.zeros_like(wanted)  # share of each class that each split has so far
+    order = np.random.default_rng(0).permutation(len(names))
+    order = order[np.argsort(-counts[order].sum(1), kind="stable")]
+    side = np.zeros(len(names), int)
+    for place, group in enumerate(order):
+        added = counts[group] / totals
+        cost = [((have + np.eye(len(wanted))[[s]].T * added - wanted) ** 2).sum() for s in range(len(wanted))]
+        empty = np.flatnonzero(have.sum(1) == 0)
+        must = len(empty) == len(order) - place  # each group that is left is needed by a split that has none
+        side[group] = empty[0] if must else int(np.argmin(cost))
+        have[side[group]] += added
+    return np.array(list(shares), dtype="U10")[side[members]]
+
+
+def _copies(x, mask, split):
+    """({split: its samples that are exact copies of a sample in another split}, the first such pair or None)."""
+    same = {}
+    for n, length in enumerate(mask.sum(1)):
+        tokens = np.ascontiguousarray(x[n, ..., :length, :]) + 0  # and -0.0 becomes 0.0
+        same.setdefault(hashlib.blake2b(tokens.tobytes()).digest(), []).append(n)
+    counts, pairs = dict.fromkeys(SPLITS, 0), []
+    for samples in same.values():
+        sides = split[samples]
+        if len(set(sides)) > 1:
+            pairs.append((samples[0], next(n for n in samples if split[n] != split[samples[0]])))
+            for name in sides:
+                counts[name] += 1
+    return counts, min(pairs, default=None)
+
+
+def _facts(task, y, split, copies, grouped):
+    """What a reader of a score should know about the samples, as plain values for the record of a study.
+
+    given: the name under which the task was loaded; copies: samples of each split that stand in another one too;
+    grouped: whether groups were kept apart; untested: {split: classes without a sample there}; tested: classes with
+    test samples; largest_share: of the largest class among all samples; constant: features that say nothing.
+    """
+    counts = {name: np.bincount(y[split == name], minlength=task.n_classes) for name in SPLITS}
+    absent = {name: [task.class_names[c] for c in np.flatnonzero(counts[name] == 0)] for name in SPLITS[1:]}
+    real = [len(f) for f in task.preparation.columns] if task.preparation.columns else [task.n_features] * task.n_areas
+    constant = sum(int(np.isinf(scale[:f]).sum()) for scale, f in zip(task.preparation.scale, real, strict=True))
+    return dict(
+        given=task.given, copies=copies, grouped=grouped, untested=absent, tested=int((counts["test"] > 0).sum()),
+        largest_share=float(np.bincount(y).max() / len(y)), constant=constant, n_features=sum(real),
+    )  # fmt: skip
 
 
 def _first_tokens(batch, seq_len):

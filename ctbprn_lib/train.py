@@ -13,7 +13,7 @@ from ctbprn_lib import InputError
 from ctbprn_lib import checkpoint as checkpoints
 from ctbprn_lib.device import PRECISIONS, PeakMemory, captured, precision_context, resolve_device, resolve_precision
 from ctbprn_lib.model import CTBPRN
-from ctbprn_lib.scoring import cross_entropy, named, totals
+from ctbprn_lib.scoring import cross_entropy, named, route_accuracy, totals
 
 SCHEDULES = ("one_cycle", "constant")
 CHECKPOINT_SECONDS = 30  # a training shorter than this is cheaper to repeat than to keep
@@ -71,7 +71,7 @@ class Fit:
     precision: str  # in which it was trained, never "auto"
     n_parameters: int  # of one replica
     steps: list[int] = field(default_factory=list)  # at which the curves were taken
-    curves: dict[str, np.ndarray] = field(default_factory=dict)  # train_ce, val_ce, val_accuracy, route_accuracy
+    curves: dict[str, np.ndarray] = field(default_factory=dict)  # train_ce, and the scores on the validation set
     diverged_at: list[int | None] = field(default_factory=list)  # step (from 1) of the first loss that was not finite
     step_time_ms: float = float("nan")  # one training step of all replicas, without scoring
     samples_seen: int = 0  # by each replica
@@ -111,7 +111,8 @@ class Training:
             self.optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
         self.taken = torch.zeros(1, dtype=torch.long, device=device)
         self.loss_sum, self.diverged = torch.zeros(R, device=device), torch.zeros(R, dtype=torch.long, device=device)
-        self.totals = torch.zeros(3, R, dtype=torch.double, device=device)
+        n_sums = 2 + shape.n_layers + 2 * task.n_classes
+        self.totals = torch.zeros(n_sums, R, dtype=torch.double, device=device)
         self.step, self._replay_scoring = captured(self._step, self.generator), captured(self._score, self.generator)
         self._mib = self.memory.mib() if on_gpu else None  # a replay allocates nothing, so later there is no peak
 
@@ -149,9 +150,10 @@ class Training:
         }
 
     def scores(self):
-        """Noise-free validation scores of each replica, as score gives them."""
+        """Noise-free validation scores of each replica, as score gives them, and route_accuracy of its best layer."""
         self._replay_scoring()
-        return named(self.totals, self.n_scored, "validation")
+        scores = named(self.totals, self.shape.n_layers, self.task.n_classes, "validation")
+        return scores | route_accuracy(scores, scores)
 
     def peak_mem_mib(self):
         """CUDA's own figure; on the CPU the process's peak growth."""
@@ -176,8 +178,7 @@ class Training:
 
     def _score(self):
         args = "validation", self.budget.n_validation, self.shape.seq_len, self.autocast
-        sums, self.n_scored = totals(self.model, self.task, *args)
-        self.totals.copy_(sums)
+        self.totals.copy_(totals(self.model, self.task, *args))
 
 
 _captured_once = functools.lru_cache(128)(Training)  # for GPUs, where making one means capturing two graphs

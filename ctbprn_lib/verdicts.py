@@ -32,6 +32,7 @@ SCORED = "Best accuracy (78.1%) achieved with CE loss of 0.6495"
 LOWER_CE = "Lower CE loss (0.6470) possible but with reduced accuracy (62.5%)"
 LITTLE_MEMORY = "Current configuration uses minimal GPU memory"
 LARGER_BATCH = "Can increase batch size if more GPU memory is available"
+HELPS_ROUTING = "Temperature around 1.7-2.0 helps with routing"
 # Every claim under the original's "Key Findings" and "Recommendations", quoted; what could decide it; the contrasts.
 CLAIMS = [
     ("Model dimension of 64-96 works best", "d 64 and 96 against 32 and 128, all else equal",
@@ -45,7 +46,7 @@ CLAIMS = [
       Contrast(BEST, "batch_size, equal samples", (32,), (8, 16, 64))]),
     ("Learning rate around 0.0015 gives best accuracy", "lr 0.0015 against levels from 0.0001 to 0.01",
      [Contrast(BEST, "lr", (0.0015,), (0.0001, 0.0004, 0.004, 0.01))]),
-    ("Temperature around 1.7-2.0 helps with routing", "share routed to the true area, 1.7 and 2.0 against 0.5 and 1",
+    (HELPS_ROUTING, "share routed to the true area, 1.7 and 2.0 against 0.5 and 1",
      [Contrast(BEST, "temperature", (1.7, 2.0), (0.5, 1.0), "route_accuracy")]),
     (SCORED, "whether it holds on fresh samples, over seeds", []),
     (LOWER_CE, "trials 1 and 2 on fresh samples", []),

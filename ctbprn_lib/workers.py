@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,6 +26,33 @@ HEARTBEAT = 10  # seconds between a worker's signs of life
 POLL = 1  # seconds, and up to five times as long, between looks at the trials of others
 MOST_TRIES = 10  # of a trial whose workers die
 LOST = "its worker was stopped before the end"
+
+
+class Study(optuna.Study):
+    """A study as its workers and its report see it: without the trials that others put into the database by hand.
+
+    marks: what every trial begun here carries from its first moment ({"sampler": ..., "pruner": ...}).
+    outside(values): why hyperparameters that somebody enqueued cannot be run, or "".
+    Samplers, pruners, counts and best_trials all read trials through _get_trials.
+    """
+
+    marks: dict[str, str]
+    outside: Callable[[dict], str]
+
+    def _get_trials(self, deepcopy=True, states=None, use_cache=False):
+        return [trial for trial in super()._get_trials(deepcopy, states, use_cache) if is_ours(trial)]
+
+    def foreign(self) -> list[optuna.trial.FrozenTrial]:
+        """The trials of others that will never be run here: all but those that wait."""
+        trials = super()._get_trials(deepcopy=False)
+        return [trial for trial in trials if not is_ours(trial) and trial.state != TrialState.WAITING]
+
+
+def is_ours(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a worker of this project began the trial and, if it is finished, recorded it."""
+    if trial.state in FINISHED:
+        return "curves" in trial.user_attrs
+    return not {"sampler", "worker", "retry_of"}.isdisjoint(trial.user_attrs)
 
 
 class Stopped(KeyboardInterrupt):
@@ -82,7 +110,7 @@ def begin(study, n_trials):
             if n_finished >= n_trials:
                 return None
             if n_finished + n_running < n_trials:
-                trial = study.ask()
+                trial = _ask(study)
                 if not still_locked():  # others may have begun enough; it is not signed, so the next look gives it up
                     continue
                 try:
@@ -95,6 +123,24 @@ def begin(study, n_trials):
             print(f"waiting for {n_running} trials that others run", file=sys.stderr, flush=True)
         time.sleep(pause * random.uniform(0.5, 1))
         pause = min(1.5 * pause, 5 * POLL)
+
+
+def _ask(study):
+    """A trial that waits (a lost one, or one that somebody enqueued), else a new one.  Only under the lock.
+
+    It is marked before it runs, so that a trial that runs without marks is another program's.
+    """
+    usable = False
+    for trial in study._storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.WAITING,)):
+        if why := study.outside(trial.params | trial.system_attrs.get("fixed_params", {})):
+            fail(study, trial, why)
+        else:
+            usable = True
+            for name, value in study.marks.items():
+                study._storage.set_trial_user_attr(trial._trial_id, name, trial.user_attrs.get(name, value))
+    if not usable:
+        study.add_trial(optuna.create_trial(state=TrialState.WAITING, user_attrs=study.marks))
+    return study.ask()
 
 
 def _care_for_the_lost(study, n_trials):
@@ -117,7 +163,8 @@ def _care_for_the_lost(study, n_trials):
     for first, several in tries.items():
         last = several[-1]
         if wanted > 0 and last.user_attrs.get("failure") == LOST and len(several) < MOST_TRIES:
-            same = dict(params=last.params, distributions=last.distributions, user_attrs={"retry_of": first})
+            marks = {name: last.user_attrs.get(name, mark) for name, mark in study.marks.items()}
+            same = dict(params=last.params, distributions=last.distributions, user_attrs=marks | {"retry_of": first})
             study.add_trial(optuna.create_trial(state=TrialState.WAITING, **same))
             wanted -= 1
     return [trial.state for trial in study.get_trials(deepcopy=False)]

@@ -33,6 +33,8 @@ def made(reports, n_trials=14, n_replicas=3, name="made", failed=True, slope=-0.
     rng = np.random.default_rng(0)
     for number in range(n_trials):
         trial = study.ask()
+        for name, mark in study.marks.items():
+            trial.set_user_attr(name, mark)
         hp = search.suggest(trial, search.default_space(task))
         trial.suggest_float(search.PLACEBO, 0, 1)
         ce = 0.5 + slope * np.log10(hp.lr / 1e-4) + rng.normal(0, 0.01, (2, n_replicas)) + [[0.2], [0]]
@@ -123,8 +125,11 @@ def test_the_best_parameters_under_a_title_are_those_of_the_trial_that_is_best_b
             assert f"- **{report.NAMES[name]}**: {report.value(name, trial[name])}" in text.splitlines()
 
 
-@pytest.mark.parametrize(("rule", "named"), [("linear rule", "the linear rule"), ("chance", "chance")])
-def test_a_rule_is_above_or_below_the_best_accuracy_only_outside_both_its_intervals(whole, monkeypatch, rule, named):
+RULES = [("linear rule", "majority class"), ("majority class", "linear rule")]
+
+
+@pytest.mark.parametrize(("rule", "worse"), RULES)
+def test_the_best_rule_is_above_or_below_the_best_accuracy_only_outside_both_intervals(whole, monkeypatch, rule, worse):
     r, done = whole
     best = done.loc[done["val_accuracy"].idxmax()]
     samples = proportion_confint(round(2048 * best["val_accuracy"]), 2048, method="wilson")
@@ -132,9 +137,11 @@ def test_a_rule_is_above_or_below_the_best_accuracy_only_outside_both_its_interv
     between = "not distinguishable from"
     for level, word in ((min(lows) - 0.001, "above"), (np.mean(lows), between), (best["val_accuracy"], between),
                         (np.mean(highs), between), (max(highs) + 0.001, "below")):  # fmt: skip
-        monkeypatch.setattr(r, "baselines", {rule: level, "chance": level})
+        monkeypatch.setattr(r, "baselines", {worse: level - 0.1, rule: level})
         said = [line for line in r.key_findings().splitlines() if ". **The best accuracy is " in line]
-        assert len(said) == 1 and f"is {word} {named}**, which scores {100 * level:.1f} % on test" in said[0]
+        expected = f"is {word} {report.RULES[rule]}**, the best simple rule, which scores {100 * level:.1f} % on test"
+        assert len(said) == 1 and expected in said[0]
+        assert f" samples ({report.RULES[worse]} {100 * (level - 0.1):.1f} %): " in said[0]
         assert "2,048 validation samples leave it [{:.1f}, {:.1f}]".format(*(100 * x for x in samples)) in said[0]
 
 
@@ -201,6 +208,7 @@ def test_small_and_other_studies_have_every_section_too(folder, asked, n_trials,
 def test_a_study_without_a_complete_trial_says_why(folder):
     study = made(folder, 0)
     trial = study.ask()
+    trial.set_user_attr("sampler", "random")
     trial.set_user_attr("failure", "all 3 replicas diverged")
     study.tell(trial, state=optuna.trial.TrialState.FAIL)
     with pytest.raises(InputError, match="no complete trial: all 3 replicas diverged"):
@@ -304,19 +312,22 @@ def test_the_readme_says_what_two_thousand_steps_reach_and_how_the_saved_network
     assert f"at least 0.98](reports/ctbprn/confirmed.csv) (mean {scores.mean():.4f}; {sum(scores >= 0.98)} of" in readme
     saved = json.loads((folder / "best_ce.json").read_text())["weights"]
     assert f"gets {100 * saved['test_accuracy']:.1f} % of the test samples right" in readme
-    assert f"routes only {100 * saved['route_accuracy']:.1f} % of them" in readme
+    first, second = (f"{100 * saved[f'route_accuracy_{layer}']:.1f} %" for layer in (1, 2))
+    assert (
+        f"first layer's router finds the true area in {first} of the test samples, the second's in {second}" in readme
+    )
+    assert saved["route_accuracy"] == saved["route_accuracy_1"] > 0.99
     counts = pd.read_csv(folder / "claims.csv")["verdict"].value_counts()
     said = f"{len(pd.read_csv(folder / 'claims.csv'))} claims {counts['supported']} are supported, all by the same two"
     assert said in readme and f"{counts['refuted']} are refuted, {counts['undecided']} undecided" in readme
 
 
-def test_the_readmes_four_lines_load_the_best_network(monkeypatch):
+def test_the_readmes_lines_load_and_use_the_best_network(monkeypatch):
     monkeypatch.chdir(ROOT)
-    code = (ROOT / "README.md").read_text().split("## The best network in four lines")[1].split("```")[1]
-    lines = [line for line in code.removeprefix("python\n").splitlines() if line]
+    code = (ROOT / "README.md").read_text().split("## The best network")[1].split("```")[1]
     scope = {}
-    exec("\n".join(lines), scope)
-    assert len(lines) == 4 and scope["logits"].shape == (1, 5, 2) and scope["route_logits"].shape == (1, 2, 5, 2)
+    exec(code.removeprefix("python\n"), scope)
+    assert scope["classifier"].classes_.tolist() == [0, 1] and scope["labels"].shape == (5,)
 
 
 def test_the_saved_networks_score_what_their_files_say():
@@ -343,7 +354,7 @@ def test_the_command_of_the_report_asks_what_the_study_asked(reports, asked):
     words = report.Report("made").reproduce().split("papermill", 1)[1].split()
     given = dict(zip(words[3::3], words[4::3], strict=False))
     assert words[2:-1:3] == ["-p"] * len(given)
-    how = study.user_attrs["how"] | {"objective": asked.get("objective", "val_ce"), "seed": str(asked.get("seed", 0))}
+    how = study.marks | {"objective": asked.get("objective", "val_ce"), "seed": str(asked.get("seed", 0))}
     assert how["sampler"] == "random" and {name: given[name] for name in how} == how
 
 

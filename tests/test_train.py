@@ -28,9 +28,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(small_task)
 def test_it_learns_and_records_what_it_cost(small_task):
     result = fit(HP, small_task, Budget(200, 2, n_evals=4, n_validation=512), 0)
     assert result.steps == [50, 100, 150, 200]
+    routed = ("route_accuracy", "route_accuracy_1", "route_accuracy_2")
     assert {name: c.shape for name, c in result.curves.items()} == dict.fromkeys(
-        ("train_ce", "val_ce", "val_accuracy", "route_accuracy"), (4, 2)
+        ("train_ce", "val_ce", "val_accuracy", "val_balanced_accuracy", *routed), (4, 2)
     )
+    best, *layers = (result.curves[name] for name in routed)
+    np.testing.assert_array_equal(best, np.maximum(*layers))
     assert (result.val_accuracy > 0.75).all() and (result.val_ce < 0.55).all()
     assert result.curves["val_ce"][0].mean() > result.val_ce.mean()
     assert result.samples_seen == 1600 and result.step_time_ms > 0
@@ -43,7 +46,9 @@ def test_real_arrays_with_unequal_lengths_are_learnt(array_task):
     assert (result.val_accuracy > 0.8).all()
     assert "route_accuracy" not in result.curves
     scores = scoring.score(result.model, array_task, "test", None)
-    assert set(scores) == {"test_ce", "test_accuracy"} and (scores["test_accuracy"] > 0.8).all()
+    assert set(scores) == {"test_ce", "test_accuracy", "test_balanced_accuracy"}
+    np.testing.assert_allclose(scores["test_balanced_accuracy"], scores["test_accuracy"])  # six samples of each class
+    assert (scores["test_accuracy"] > 0.8).all()
 
 
 @pytest.mark.parametrize("schedule", train.SCHEDULES)
@@ -65,16 +70,30 @@ def test_scores_are_noise_free_and_do_not_depend_on_the_portion(small_task, monk
 
 def test_scores_are_what_counting_by_hand_gives(small_task):
     model = train.untrained(HP, small_task, 2)[0]
-    hits, ce, n = np.zeros(2), np.zeros(2), 0
+    hits, ce, n, routed, of_class = np.zeros(2), np.zeros(2), 0, np.zeros((2, 2)), [[], []]
     for batch in small_task.fixed("test", 100):
         for i in range(batch.y.shape[1]):
-            logits = model(batch.x[:, i : i + 1].expand(2, -1, -1, -1, -1))[0][:, 0]
-            hits += (logits.argmax(-1) == batch.y[0, i]).numpy()
-            ce -= logits.double().log_softmax(-1)[:, batch.y[0, i]].detach().numpy()
+            logits, route = model(batch.x[:, i : i + 1].expand(2, -1, -1, -1, -1))
+            hit = (logits[:, 0].argmax(-1) == batch.y[0, i]).numpy()
+            hits += hit
+            of_class[batch.y[0, i]].append(hit)
+            ce -= logits[:, 0].double().log_softmax(-1)[:, batch.y[0, i]].detach().numpy()
+            routed += (route[:, :, 0].argmax(-1) == batch.area[0, i]).numpy()
             n += 1
     scores = scoring.score(model, small_task, "test", 100)
     np.testing.assert_allclose(scores["test_accuracy"], hits / n)
     np.testing.assert_allclose(scores["test_ce"], ce / n, rtol=1e-5)
+    recall = np.mean([np.mean(hit, axis=0) for hit in of_class], axis=0)
+    np.testing.assert_allclose(scores["test_balanced_accuracy"], recall)
+    np.testing.assert_allclose([scores["route_accuracy_1"], scores["route_accuracy_2"]], routed.T / n)
+
+
+def test_the_layer_that_routes_best_is_chosen_on_validation_samples_and_scored_on_others():
+    """Each replica has a best layer of its own: the first of replica 0, the second of replica 1."""
+    validation = {"route_accuracy_1": np.array([0.9, 0.4]), "route_accuracy_2": np.array([0.8, 0.5])}
+    test = {"route_accuracy_1": np.array([0.6, 0.7]), "route_accuracy_2": np.array([0.7, 0.3])}
+    assert scoring.route_accuracy(test, validation)["route_accuracy"].tolist() == [0.6, 0.3]
+    assert scoring.route_accuracy({}, {}) == {}
 
 
 @pytest.fixture
@@ -203,13 +222,13 @@ def test_peak_memory_grows_with_the_batch(small_task):
 def test_route_shares_are_rows_of_shares(small_task, array_task):
     model = train.untrained(HP, small_task, 2)[0]
     shares, rows = scoring.route_shares(model, small_task, 300)
-    assert rows == small_task.area_names and shares.sum(1) == pytest.approx([1, 1])
+    assert rows == small_task.area_names and shares.sum(-1).ravel() == pytest.approx([1] * 4)
     with torch.no_grad():
-        model.layers[0].b2[:, 0], model.layers[-1].b2[:, 1] = 1e6, 1e6  # the last layer's router is asked
-    assert scoring.route_shares(model, small_task, 300)[0].tolist() == [[0, 1], [0, 1]]
+        model.layers[0].b2[:, 0], model.layers[-1].b2[:, 1] = 1e6, 1e6
+    assert scoring.route_shares(model, small_task, 300)[0].tolist() == [[[1, 0], [1, 0]], [[0, 1], [0, 1]]]
     hp = dataclasses.replace(HP, seq_len=6)
     shares, rows = scoring.route_shares(train.untrained(hp, array_task, 2)[0], array_task)
-    assert rows == ("a", "b", "c") and shares.sum(1) == pytest.approx([1, 1, 1])
+    assert rows == ("a", "b", "c") and shares.sum(-1).ravel() == pytest.approx([1] * 6)
 
 
 @pytest.mark.parametrize(
