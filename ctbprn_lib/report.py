@@ -70,7 +70,7 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-RULES = {"linear rule": "the linear rule", "majority class": "always naming the largest class"}
+RULES = {"majority class": "always naming the largest class", "linear rule": "the linear rule"}
 SHOW_BALANCED = 0.6  # share of the largest class above which accuracy says little by itself
 
 
@@ -327,9 +327,7 @@ class Report:
         said = f"{n_classes} classes, of which {facts['tested']} have test samples."
         for split, absent in facts["untested"].items():
             if absent:
-                said += (
-                    f" There is no {split} sample of {names_of(absent)}, so no score speaks of {self._them(absent)}."
-                )
+                said += f" Without a {split} sample, and so no part of {split} scores: {names_of(absent)}."
         if self.show_balanced:
             said += (
                 f" The largest class has {100 * facts['largest_share']:.0f} % of the samples, so balanced accuracy "

@@ -228,8 +228,14 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
     origin, n_failed = provenance(), 0
 
     def objective(trial):
-        hp = suggest(trial, space)
-        trial.suggest_float(PLACEBO, 0.0, 1.0)
+        try:
+            hp = suggest(trial, space)
+            trial.suggest_float(PLACEBO, 0.0, 1.0)
+        except ValueError as error:  # of Optuna: a parameter is of one kind in a whole study
+            raise InputError(
+                f"study {study.study_name!r} cannot hold this trial, because another program has put in one with "
+                f"another kind of the same hyperparameter ({error}); give another study_name"
+            ) from None
         started, told = time.perf_counter(), 0
 
         def on_eval(result):

@@ -9,7 +9,6 @@ import re
 import sqlite3
 import sys
 import time
-import urllib.parse
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -63,25 +62,26 @@ def storage_url(name, storage=""):
     file = sqlite_file(storage)
     if file is None or file.is_absolute():
         return storage
-    url, query = _sqlite_url(REPORTS.parent / file), storage.partition("?")[2]
-    return url + (f"{'&' if '?' in url else '?'}{query}" if query else "")
+    return _sqlite_url(REPORTS.parent / file, _parsed(storage).query)
 
 
-def _sqlite_url(file):
-    """A URL for any path.  SQLAlchemy would end the path at a "?", so such a path goes as a URI of SQLite's own."""
-    if "?" not in str(file):
-        return f"sqlite:///{file}"
-    return f"sqlite:///file:{urllib.parse.quote(os.fsencode(file))}?uri=true"
+def _sqlite_url(file, query=None):
+    """The URL of a file, whatever characters its path has."""
+    try:
+        url = sqlalchemy.URL.create("sqlite", database=str(file), query=query or {}).render_as_string()
+    except UnicodeEncodeError:
+        raise StorageError(
+            f"{str(file)!r}: a path that is no text in UTF-8 cannot hold a database; {ELSEWHERE}"
+        ) from None
+    if sqlalchemy.make_url(url).database != str(file):  # SQLAlchemy before 2.1 ends a path at a "?"
+        raise StorageError(f"{file}: this SQLAlchemy cannot open a path with a ? in it; {ELSEWHERE}")
+    return url
 
 
 def sqlite_file(url: str) -> Path | None:
     """The file of a SQLite URL; None for another database."""
-    url = _parsed(url)
-    if url.get_backend_name() != "sqlite":
-        return None
-    if url.query.get("uri") == "true" and url.database.startswith("file:"):
-        return Path(os.fsdecode(urllib.parse.unquote_to_bytes(url.database.removeprefix("file:"))))
-    return Path(url.database)
+    parsed = _parsed(url)
+    return Path(parsed.database) if parsed.get_backend_name() == "sqlite" else None
 
 
 def _parsed(url):
@@ -93,10 +93,7 @@ def _parsed(url):
         raise InputError("storage must be sqlite:///<file> or postgresql://<user>@<server>/<database>")
     query = url.partition("?")[2]
     if parsed.get_backend_name() == "sqlite" and query and not re.fullmatch(r"([a-z_]+=[^&/]*(&|$))+", query):
-        raise InputError(
-            "storage must be sqlite:///<file>; a ? ends the file, so one in a path is written "
-            "sqlite:///file:<path with %3F>?uri=true"
-        )
+        raise InputError("storage must be sqlite:///<file>; a ? in its path is written %3F, and a % is written %25")
     if parsed.get_backend_name() == "postgresql" and "@" in f"{parsed.host}{parsed.database}":
         raise InputError("storage has an @ too many; one in a password is written %40, and a / %2F")
     return parsed
@@ -171,7 +168,8 @@ def _patient(method):
         try:
             return _patiently(self.url, lambda: method(self, *words, **named))
         except (ValueError, LookupError, TypeError) as error:
-            if method.__name__ not in READING or isinstance(error, (StorageError, KeyError)):
+            gone = isinstance(error, KeyError) and "does not exist" in str(error)
+            if method.__name__ not in READING or gone or isinstance(error, StorageError):
                 raise
             raise StorageError(f"{_place(self.url)} is damaged: {error}") from None
 

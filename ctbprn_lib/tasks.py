@@ -141,6 +141,7 @@ class Preparation(NamedTuple):
         """Learn center and scale (mean and standard deviation) from the tokens of x that mask (N,T) says exist.
 
         A feature is constant if its values differ by no more than two roundings of the largest of them.
+        Raises OverflowError where values of a feature differ by more than float64 can hold.
         """
         parts = [part[mask].astype(np.float64) for part in _areas(x, columns)]  # each (tokens of all samples, F)
         n_features = max(part.shape[1] for part in parts)
@@ -150,6 +151,8 @@ class Preparation(NamedTuple):
             low, high = part.min(0), part.max(0)
             with np.errstate(over="ignore"):
                 spread = high - low
+            if np.isinf(spread).any():
+                raise OverflowError
             varies = spread > 2 * rounding * np.maximum(abs(low), abs(high))
             unit = np.where(varies, spread, 1)
             part = np.where(varies, (part - low) / unit, 0)  # in [0, 1], so that no unit is too small or too large
@@ -222,12 +225,13 @@ class ArrayTask:
                 a, b = first_pair
                 refuse(
                     f"{n} of the {(split == name).sum()} {name} samples are exact copies of samples in another split, "
-                    f"first samples {a} ({split[a]}) and {b} ({split[b]}); a score would measure memory. Drop the "
+                    f"the first pair is {a} ({split[a]}) and {b} ({split[b]}); a score would measure memory. Drop the "
                     "copies, or give groups (what samples have in common), which are kept on one side"
                 )
 
-        self.preparation = Preparation.of(x[train], mask[train], columns)
-        if np.isnan(self.preparation.scale).any():
+        try:
+            self.preparation = Preparation.of(x[train], mask[train], columns)
+        except OverflowError:
             refuse("x: the values of a feature differ by more than float64 can hold")
         x = self.preparation.apply(x, mask)
         if not np.isfinite(x).all():

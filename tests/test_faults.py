@@ -230,7 +230,7 @@ def test_a_reader_waits_until_the_tables_are_made_and_makes_none_of_them(tmp_pat
 
 def test_a_trial_that_was_lost_before_it_was_signed_is_tried_again_too(reports):
     study, asked = study_of()
-    search.suggest(study.ask(), asked["space"])  # and the worker dies
+    search.suggest(workers._ask(study), asked["space"])  # and the worker dies
     search.run_trials(study, 1, **asked)
     check_exact(study.trials, 1)
     assert [trial.user_attrs.get("retry_of") for trial in study.trials] == [None, 0]
@@ -240,7 +240,7 @@ def test_a_trial_of_another_machine_is_lost_only_when_its_signs_of_life_have_sto
     monkeypatch.setattr(storage, "GRACE", 2)
     monkeypatch.setattr(workers, "POLL", 0.1)
     study, asked = study_of()
-    trial = study.ask()
+    trial = workers._ask(study)
     trial.set_user_attr("worker", {"machine": "another", "pid": 1, "started": 1})
     study._storage.record_heartbeat(trial._trial_id)
     started = time.monotonic()

@@ -499,10 +499,11 @@ def tables(reports):
     return reports
 
 
+RECORD = SimpleNamespace(memory=None, runs=pd.DataFrame({"route_accuracy": [0.5]}))
 READERS = {
     "ctbprn/claims.csv": lambda path: list(verdicts.recorded_claims("ctbprn", {})),
     "ctbprn/confirmed.csv": lambda path: simulate.spreads(path),
-    "reproduce/trial_2_seeds.csv": lambda _: findings.ConfirmedReport._other_verdicts(SimpleNamespace(memory=None)),
+    "reproduce/trial_2_seeds.csv": lambda _: findings.ConfirmedReport._other_verdicts(RECORD),
 }
 
 

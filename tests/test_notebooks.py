@@ -70,7 +70,7 @@ def test_explore_runs_on_tasks_with_and_without_a_true_area(project):
     for task in ("routing", "uea:BasicMotions"):
         done = project.papermill("explore", *TINY, ("d", 8), ("task", task))
         assert done.returncode == 0, done.stderr
-        assert "chance" in done.stderr and "linear rule" in done.stderr
+        assert "majority class" in done.stderr and "linear rule" in done.stderr
     assert len(list((project / "reports" / "explore" / "plots").glob("*.png"))) == 3
 
 

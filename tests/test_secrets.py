@@ -65,7 +65,7 @@ def test_a_url_without_a_password_is_taken(reports):
         f"sqlite:///{reports.parent}/a@b:c.db",
     ):
         assert storage.storage_url("s", url) == url
-    assert storage.storage_url("s", "sqlite:///a@b:c.db") == url
+    assert storage.sqlite_file(storage.storage_url("s", "sqlite:///a@b:c.db")) == storage.sqlite_file(url)
 
 
 # ---- parameters

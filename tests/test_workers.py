@@ -155,7 +155,9 @@ def test_a_worker_that_stands_still_with_the_lock_loses_it_and_learns_so(server,
 def test_a_trial_begun_without_the_lock_is_given_back(server, monkeypatch):
     url = server.database("alone")
     kept = storage.connect(url)
-    study = optuna.create_study(study_name="s", storage=kept)
+    optuna.create_study(study_name="s", storage=kept)
+    study = workers.Study("s", kept)
+    study.marks, study.outside = {"sampler": "tpe"}, lambda values: ""
     answers = iter([False, True])
     monkeypatch.setattr(storage, "_answers", lambda connection: next(answers))
     trial = workers.begin(study, 1)
