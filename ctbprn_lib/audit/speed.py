@@ -454,4 +454,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main(_parser().parse_args().device)
+    parser = _parser()
+    try:
+        main(parser.parse_args().device)
+    except InputError as error:
+        parser.error(str(error))
