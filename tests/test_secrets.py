@@ -77,7 +77,7 @@ def shell():
     shell = InteractiveShell()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parameters, "get_ipython", lambda: shell)
-        shell.input_transformers_cleanup.append(parameters._before_it_runs)
+        shell.input_transformers_cleanup.append(parameters._check_before_run)
         shell.run_cell("seed: int = 0\nstorage: str = ''\nran = []")
         yield shell
 
