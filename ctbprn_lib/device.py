@@ -141,7 +141,7 @@ def out_of_memory(error: BaseException) -> bool:
 class PeakMemory:
     """How far the peak memory has grown since this object was made.
 
-    The memory is that of the CUDA device, or for a CPU that of this process, which only Linux tells.
+    The memory is that of the CUDA device or, for a CPU, that of this process. The latter is measured on Linux alone.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -166,6 +166,6 @@ class PeakMemory:
 
     @staticmethod
     def _status(key: str) -> int:
-        """A number of KiB from what Linux says about this process."""
+        """The number of KiB that Linux reports for this process under a key."""
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(key))
