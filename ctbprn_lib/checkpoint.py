@@ -1,63 +1,81 @@
-"""Checkpoints of a training: written whole or not at all, read only if they are whole and of this very training."""
+"""Checkpoints of a training.
+
+A checkpoint is written whole or not at all. It is used only if it is whole and belongs to the same training.
+"""
 
 import json
 import logging
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ctbprn_lib import InputError, files
 
 log = logging.getLogger(__name__)
 
 
-def write(path, tensors, of, about):
-    """Write {name: CPU tensor} and about to path; what was there is kept as the one before.
+def write(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], identity: Mapping[str, Any], progress: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint to path; the checkpoint that was there becomes the previous one.
 
-    of: what the training is, about: how far it is; both plain JSON values. Where nothing can be written (a full disk)
-    that is logged, and the training goes on.
+    tensors: the state, on the CPU. identity: which training this is. progress: how far it is.
+    identity and progress hold plain JSON values.
+    If the file cannot be written (the disk is full), that is logged and no error is raised: the training goes on.
     """
     path = Path(path)
+    text = json.dumps({"of": identity, "about": progress})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            os.replace(path, before(path))
-        files.write_tensors(path, tensors, json.dumps({"of": of, "about": about}))
+            os.replace(path, previous(path))
+        files.write_tensors(path, tensors, text)
     except OSError as error:
         log.warning("%s: no checkpoint was kept (%s)", path, error.strerror)
 
 
-def read(path, of, use):
-    """Call use(tensors, about) on the checkpoint at path, or if that is refused, on the one before.
+def read(
+    path: str | Path, identity: Mapping[str, Any], use: Callable[[dict[str, torch.Tensor], dict[str, Any]], object]
+) -> bool:
+    """Read the checkpoint at path and pass it to use; if it cannot be used, try the previous one.
 
-    use raises ValueError, TypeError, KeyError, AttributeError or RuntimeError for content that does not fit.
-    Returns whether one was used; why one was refused is logged.
+    identity: which training this is, as it was given to write.
+    use: takes tensors and progress. It raises ValueError, TypeError, KeyError, AttributeError or RuntimeError if they
+    do not fit the training.
+    Returns whether a checkpoint was used. The reason why one was not used is logged.
     """
-    for place in (Path(path), before(path)):
-        if place.exists():
-            try:
-                use(*_checked(place, of))
-                return True
-            except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-                why = str(error).removeprefix(f"{place}: ")
-                log.warning("%s: not used as a checkpoint (%s)", place.name, why)
+    for file in (Path(path), previous(path)):
+        if not file.exists():
+            continue
+        try:
+            tensors, progress = _content(file, identity)
+            use(tensors, progress)
+            return True
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            reason = str(error).removeprefix(f"{file}: ")
+            log.warning("%s: not used as a checkpoint (%s)", file.name, reason)
     return False
 
 
-def remove(path):
-    """Forget the checkpoints of a training that is done."""
-    for place in (Path(path), before(path)):
-        if place.exists():  # in a folder that is read-only even a missing file cannot be removed
-            place.unlink()
+def remove(path: str | Path) -> None:
+    """Remove the checkpoints of a training that is done."""
+    for file in (Path(path), previous(path)):
+        if file.exists():  # in a folder that is read-only even a missing file cannot be removed
+            file.unlink()
 
 
-def before(path):
-    """Where the checkpoint before the last one is."""
+def previous(path: str | Path) -> Path:
+    """The path of the checkpoint that was written before the one at path."""
     return Path(path).with_suffix(".before")
 
 
-def _checked(place, of):
-    tensors, text = files.tensors(place)
-    kept = json.loads(text)
-    if kept["of"] != json.loads(json.dumps(of)):
+def _content(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the progress in a checkpoint.  Raises InputError if it belongs to another training."""
+    tensors, text = files.tensors(path)
+    record = json.loads(text)
+    if record["of"] != json.loads(json.dumps(identity)):
         raise InputError("it is of another training")
-    return tensors, kept["about"]
+    return tensors, record["about"]

@@ -1,55 +1,77 @@
-"""What a training runs on: the device, its precision, its memory, and work that a GPU replays as one CUDA graph."""
+"""The hardware that a training runs on: its device, precision and memory, and work that a GPU replays as one graph."""
 
 import ctypes
 import functools
+import math
 import re
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ctbprn_lib import InputError
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-if hasattr(LIBC, "mallopt"):
-    # glibc gives each large tensor fresh pages and hands them back at once, and half of a step goes into page faults;
-    # with no mmap (M_MMAP_MAX = -4), no trimming (M_TRIM_THRESHOLD = -1) and growth by 256 MiB (M_TOP_PAD = -2) it
-    # keeps them. PeakMemory trims once a fit.
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
-        LIBC.mallopt(option, value)
+LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None  # Any: its functions are looked up as it runs
+# Options of glibc's mallopt, as malloc.h numbers them.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
-def resolve_device(device):
-    """torch.device for "auto", "cpu" or "cuda" (optionally with a number); InputError for anything else."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+def _keep_freed_memory() -> None:
+    """Make glibc keep memory that is freed, for all of this process.
+
+    By default glibc takes fresh pages for each large tensor and gives them back at once. Half of a step then goes into
+    page faults. So glibc shall use no mmap, never trim the heap, and let the heap grow by 256 MiB at a time.
+    PeakMemory trims the heap once for each fit.
+    """
+    if hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(M_MMAP_MAX, 0)
+        LIBC.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        LIBC.mallopt(M_TOP_PAD, 2**28)
+
+
+_keep_freed_memory()
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The torch.device for "auto", "cpu" or "cuda", the last optionally with a number ("cuda:1").
+
+    "auto" is a CUDA GPU if there is one, else the CPU. A CUDA device is returned with its number.
+    Raises InputError for anything else, and for a GPU that this machine does not have.
+    """
+    name = device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        resolved = torch.device(device)
+        resolved = torch.device(name)
     except RuntimeError:
         resolved = None
     if resolved is None or resolved.type not in ("cpu", "cuda"):
-        raise InputError(f'device must be "auto", "cpu" or "cuda", got {device!r}')
+        raise InputError(f'device must be "auto", "cpu" or "cuda", got {name!r}')
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {device!r} is not there: this machine has {torch.cuda.device_count()} CUDA GPUs")
+        raise InputError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA GPUs")
     if resolved.type == "cuda" and resolved.index is None:
-        return torch.device("cuda", torch.cuda.current_device())  # as tensors there say it
+        return torch.device("cuda", torch.cuda.current_device())  # tensors on that GPU name their device with a number
     return resolved
 
 
-def device_name(device):
-    """The GPU's name, or "CPU, n threads"."""
+def device_name(device: str | torch.device) -> str:
+    """The name of a GPU, or "CPU, n threads"."""
     if str(device).startswith("cuda"):
         return torch.cuda.get_device_name(device)
     n = torch.get_num_threads()
     return f"CPU, {n} thread{'s' * (n > 1)}"
 
 
-def resolve_precision(precision, device):
-    """What "auto" stands for: tf32 on a GPU, bf16 on a CPU that multiplies in it (twice as fast), else fp32.
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """The precision that a training uses: "fp32", "tf32" or "bf16".
 
-    Raises InputError for one that the device has not.
+    precision: one of PRECISIONS. "auto" stands for tf32 on a GPU, for bf16 on a CPU that has instructions for products
+    in bf16 (it is twice as fast there), and for fp32 on any other CPU.
+    Raises InputError for tf32 on a CPU.
     """
     if precision == "tf32" and device.type == "cpu":
         raise InputError("precision tf32 needs a CUDA GPU; a CPU takes auto, fp32 or bf16")
@@ -57,12 +79,15 @@ def resolve_precision(precision, device):
         return precision
     if device.type == "cuda":
         return "tf32"
-    can = torch.cpu.get_capabilities()
-    return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
-def precision_context(precision, device):
-    """A context factory for the forward pass; also sets how float32 products are computed on a GPU."""
+def precision_context(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A function that makes the context manager for a forward pass in a precision ("fp32", "tf32" or "bf16").
+
+    The call also sets, for all of this process, how a GPU computes products of float32.
+    """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if precision == "bf16":
@@ -70,19 +95,20 @@ def precision_context(precision, device):
     return nullcontext
 
 
-def captured(work, generator):
-    """work() as a callable that a GPU replays as one CUDA graph; on a CPU work itself.
+def captured(work: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
+    """A function that does the same as work; on a GPU it replays work as one CUDA graph.
 
-    work reads and writes tensors that outlive it and draws from generator alone, which may be seeded between replays.
-    On a GPU it has been run three times before, so what it changes is to be set afterwards.
+    work: reads and writes tensors that stay alive and in place, and draws from generator alone. generator: may be
+    seeded again between two calls. It names the device.
+    On a CPU this is work itself. On a GPU work runs three times here, so set the tensors that it changes afterwards.
     """
     device = generator.device
     if device.type == "cpu":
         return work
     with torch.cuda.device(device):
-        stream, pool = _for_graphs(device)
+        stream, pool = _stream_and_pool(device)
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries choose their kernels and take their workspace here
+        with torch.cuda.stream(stream):  # in these runs libraries choose their kernels and take their workspace
             for _ in range(3):
                 work()
         torch.cuda.current_stream().wait_stream(stream)
@@ -94,25 +120,33 @@ def captured(work, generator):
 
 
 @functools.cache
-def _for_graphs(device):
-    """The stream on which a device's graphs are captured, and the memory that they take turns in.
+def _stream_and_pool(device: torch.device) -> tuple[torch.cuda.Stream, Any]:
+    """The stream on which the graphs of a device are captured, and the pool of memory that they share.
 
-    Nothing in that memory is read after the replay that wrote it, so that any order of replays is safe.
+    They can share it because no graph reads there what another call has written, so they may be replayed in any order.
     """
     return torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
 
-def out_of_memory(error):
-    """Whether an error of torch or Python says so; the CPU's allocator raises a bare RuntimeError."""
-    said = re.search("(allocate|enough|out of) memory|bad_alloc", str(error))
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or said is not None
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch or Python means that memory ran out.
+
+    The allocator of the CPU raises a plain RuntimeError, so its message is read too.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return re.search("(allocate|enough|out of) memory|bad_alloc", str(error)) is not None
 
 
 class PeakMemory:
-    """Growth of the peak memory since it was made, in MiB: of the CUDA device, else of this process (Linux)."""
+    """How far the peak memory has grown since this object was made.
 
-    def __init__(self, device):
+    The memory is that of the CUDA device or, for a CPU, that of this process. The latter is measured on Linux alone.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.start: int | None = None  # bytes on a GPU, KiB of this process, None where nothing is measured
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.start = torch.cuda.memory_allocated(device)
@@ -122,12 +156,16 @@ class PeakMemory:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is used now
             self.start = self._status("VmRSS")
 
-    def mib(self):
+    def mib(self) -> float:
+        """The growth in MiB; NaN where it is not measured."""
+        if self.start is None:
+            return math.nan
         if self.device.type == "cuda":
             return (torch.cuda.max_memory_allocated(self.device) - self.start) / 2**20
-        return (self._status("VmHWM") - self.start) / 2**10 if hasattr(self, "start") else float("nan")
+        return (self._status("VmHWM") - self.start) / 2**10
 
     @staticmethod
-    def _status(key):
+    def _status(key: str) -> int:
+        """The number of KiB that Linux reports for this process under a key."""
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(key))

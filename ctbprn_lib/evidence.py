@@ -1,41 +1,50 @@
-"""What scores over seeds can carry: intervals, comparisons, importance."""
+"""What scores over seeds can show: intervals, comparisons, trends and importance.
+
+Numbers go in and numbers come out; nothing here reads files or trains.
+"""
 
 import bisect
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import optuna
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.special import expit, logit
 from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 
 from ctbprn_lib import InputError
 
-MOST_SEEDS = 2**14  # beyond which nobody goes
+MOST_SEEDS = 2**14  # seeds_needed looks no further
 
 
-def mean_interval(scores, level=0.95, nats=False):
-    """Mean over seeds with a t interval that stays where scores can be: in [0, 1], or, if they are nats, above 0.
+def mean_interval(scores: ArrayLike, level: float = 0.95, nats: bool = False) -> tuple[float, float, float]:
+    """Mean over seeds with a t interval that stays within the range of the scores.
 
     scores: (R,) one held-out score per seed; scores that are not finite (diverged replicas) are left out.
-    level: coverage in (0, 1).  Returns (mean, low, high) in the units of scores.
-    Raises InputError for fewer than two finite scores, one where none can be, or a level outside (0, 1).
-    Near an end scores are skewed, and the plain interval covers too little and passes it; so its half width h becomes
-    h / (m (1 - m)) around logit m, or h / m around log m for nats (the delta method), which changes nothing where h is
-    small.
+    level: coverage in (0, 1). nats: True for cross-entropies, which are never below 0; else scores lie in [0, 1].
+    Returns (mean, low, high) in the units of scores.
+    Raises InputError for fewer than two finite scores, for a score outside the range, or a level outside (0, 1).
+    Near an end of the range scores are skewed. The plain interval m - h to m + h then covers too little, and it can
+    leave the range. So the half width h is taken to another scale by the delta method: to h / (m (1 - m)) around
+    logit m, or to h / m around log m for nats. Where h is small, this changes almost nothing.
     Source: Student (1908); coverage checked by simulation in tests/test_evidence.py.
     """
-    scores = np.asarray(scores, dtype=float)
-    scores = scores[np.isfinite(scores)]
-    if scores.size < 2 or not 0 < level < 1:
+    values = np.asarray(scores, dtype=float)
+    values = values[np.isfinite(values)]
+    if values.size < 2 or not 0 < level < 1:
         raise InputError(
-            f"an interval needs at least two finite scores and a level in (0, 1), got {scores.size} and {level}"
+            f"an interval needs at least two finite scores and a level in (0, 1), got {values.size} and {level}"
         )
-    if scores.min() < 0 or (scores.max() > 1 and not nats):
+    if values.min() < 0 or (values.max() > 1 and not nats):
         raise InputError(
-            f"scores must not be below 0 or, but for nats, above 1; got {scores.min():g}, {scores.max():g}"
+            f"scores must not be below 0 or, but for nats, above 1; got {values.min():g}, {values.max():g}"
         )
-    mean, half = scores.mean(), stats.t.ppf((1 + level) / 2, scores.size - 1) * stats.sem(scores)
+    mean = values.mean()
+    half = stats.t.ppf((1 + level) / 2, values.size - 1) * stats.sem(values)
     if half == 0:
         return float(mean), float(mean), float(mean)
     if nats:
@@ -44,24 +53,27 @@ def mean_interval(scores, level=0.95, nats=False):
     return float(mean), float(expit(logit(mean) - half)), float(expit(logit(mean) + half))
 
 
-def sample_interval(share, n):
-    """(low, high) of a share measured on n samples: what so few samples leave open.  Source: Wilson (1927)."""
+def sample_interval(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval (low, high) of a share in [0, 1] that was measured on n samples.  Source: Wilson (1927)."""
     interval = stats.binomtest(round(share * n), n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
-def holm(p_values):
-    """Holm's adjusted p-values, in the order given.  Source: Holm (1979), Scand. J. Statist. 6."""
+def holm(p_values: ArrayLike) -> np.ndarray:
+    """Holm's adjusted p-values, in the order of p_values (n,).  Source: Holm (1979), Scand. J. Statist. 6."""
     p = np.asarray(p_values, dtype=float)  # statsmodels has it too, but collects garbage for 0.3 s at every call
     order = np.argsort(p)
     adjusted = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
-    out = np.empty_like(p)
-    out[order] = np.minimum(adjusted, 1)
-    return out
+    result = np.empty_like(p)
+    result[order] = np.minimum(adjusted, 1)
+    return result
 
 
 class Comparison(NamedTuple):
-    """effect = mean(a) - mean(b), its 95 % interval low..high in the units of the scores, and a two-sided p_value."""
+    """A difference of two means: effect = mean(a) - mean(b), in the units of the scores.
+
+    low, high: its 95 % interval. p_value: two-sided, against no difference.
+    """
 
     effect: float
     low: float
@@ -69,15 +81,17 @@ class Comparison(NamedTuple):
     p_value: float
 
 
-def compare(a, b, paired=False):
-    """Compare per-replica scores a (R,) and b (R',); paired: the same seeds in the same order.
+def compare(a: ArrayLike, b: ArrayLike, paired: bool = False) -> Comparison:
+    """Compare the scores of two configurations over seeds.
 
-    Scores that are not finite are left out (with their partner, if paired). Without any spread p_value is 1.
-    Raises InputError for fewer than two finite scores on a side, or pairs of unequal number.
+    a: (R,) and b: (R',) one score per seed. paired: True if both have the same seeds in the same order.
+    Scores that are not finite are left out (with their partner, if paired). If the scores do not spread at all,
+    p_value is 1.
+    Raises InputError for fewer than two finite scores on a side, or for pairs of unequal number.
     Source: Welch (1947), Student (1908) for pairs, as scipy.stats has them.
     """
     a, b = _finite(a, b, paired)
-    if _no_spread(a, b, paired):  # t is undefined: few test samples, say, on which every seed scores the same
+    if _no_spread(a, b, paired):  # t is undefined, for example if every seed scores the same on few test samples
         effect = float(a.mean() - b.mean())
         return Comparison(effect, effect, effect, 1.0)
     test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
@@ -85,10 +99,12 @@ def compare(a, b, paired=False):
     return Comparison(float(a.mean() - b.mean()), float(interval.low), float(interval.high), float(test.pvalue))
 
 
-def equivalence(a, b, margin, paired=False):
-    """p-value against "the means of a and b differ by margin or more"; small: they are equivalent.
+def equivalence(a: ArrayLike, b: ArrayLike, margin: float, paired: bool = False) -> float:
+    """The p-value against "the means of a and b differ by margin or more". If it is small, they are equivalent.
 
-    Two one-sided tests, arguments and errors as compare.  Source: Schuirmann (1987), as statsmodels has them.
+    a, b, paired and the errors are those of compare; margin is in the units of the scores. If the scores do not spread
+    at all, the p-value is 1.
+    Source: the two one-sided tests of Schuirmann (1987), as statsmodels has them.
     """
     a, b = _finite(a, b, paired)
     if _no_spread(a, b, paired):
@@ -97,45 +113,60 @@ def equivalence(a, b, margin, paired=False):
     return float(test[0])
 
 
-def seeds_needed(sd, margin, alpha, paired=False, power=0.8):
-    """Seeds a side with which compare finds a true difference of margin at level alpha in a share power of reports;
-    math.inf for more than MOST_SEEDS.
+def seeds_needed(sd: float, margin: float, alpha: float, paired: bool = False, power: float = 0.8) -> float:
+    """The number of seeds on each side with which compare finds a true difference of margin.
 
-    sd: of one score over seeds, or, if paired, of the differences; in the units of margin.
+    sd: standard deviation of one score over seeds or, if paired, of the differences; in the units of margin.
+    alpha: the level of the test. power: the share of reports in which the difference shall be found.
+    Returns a whole number of at least 2, or math.inf if more than MOST_SEEDS are needed.
     """
 
-    def found(n):  # statsmodels has it too, but gives NaN where little is missing to certainty
+    def power_of(n: int) -> float:  # statsmodels has it too, but gives NaN where the power is nearly 1
         freedom, standard_errors = (n - 1, n**0.5) if paired else (2 * n - 2, (n / 2) ** 0.5)
         critical = stats.t.ppf(1 - alpha / 2, freedom)
-        return stats.nct.sf(critical, freedom, min(margin / max(sd, 1e-12), 100) * standard_errors)
+        effect = min(margin / max(sd, 1e-12), 100)
+        return float(stats.nct.sf(critical, freedom, effect * standard_errors))
 
-    enough = 2
-    while found(enough) < power:
+    if power_of(2) >= power:
+        return 2
+    enough = 4
+    while power_of(enough) < power:
         enough *= 2
         if enough > MOST_SEEDS:
-            return np.inf
-    return enough // 2 + bisect.bisect_left(range(enough // 2, enough), power, key=found) if enough > 2 else 2
+            return math.inf
+    too_few = enough // 2
+    return too_few + bisect.bisect_left(range(too_few, enough), power, key=power_of)
 
 
-def _finite(a, b, paired):
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+def _finite(a: ArrayLike, b: ArrayLike, paired: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The finite scores of both sides; if paired, only pairs of which both are finite."""
+    left, right = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if paired:
-        if a.shape != b.shape:
-            raise InputError(f"pairs need equal numbers of scores, got {a.size} and {b.size}")
-        both = np.isfinite(a) & np.isfinite(b)
-        a, b = a[both], b[both]
-    a, b = a[np.isfinite(a)], b[np.isfinite(b)]
-    if min(a.size, b.size) < 2:
-        raise InputError(f"a comparison needs at least two finite scores on each side, got {a.size} and {b.size}")
-    return a, b
+        if left.shape != right.shape:
+            raise InputError(f"pairs need equal numbers of scores, got {left.size} and {right.size}")
+        both = np.isfinite(left) & np.isfinite(right)
+        left, right = left[both], right[both]
+    left, right = left[np.isfinite(left)], right[np.isfinite(right)]
+    if min(left.size, right.size) < 2:
+        raise InputError(
+            f"a comparison needs at least two finite scores on each side, got {left.size} and {right.size}"
+        )
+    return left, right
 
 
-def _no_spread(a, b, paired):
-    return np.ptp(a - b if paired else np.concatenate([a - a.mean(), b - b.mean()])) < 1e-9  # but for rounding
+def _no_spread(a: np.ndarray, b: np.ndarray, paired: bool) -> bool:
+    """Whether what the t test is about does not vary, apart from rounding."""
+    varies = a - b if paired else np.concatenate([a - a.mean(), b - b.mean()])
+    return bool(np.ptp(varies) < 1e-9)
 
 
-def like_the_best(scores, best):
-    """Indices of scores (trials, R) that a two-sided Welch test does not tell from row best, Holm over all others."""
+def like_the_best(scores: Sequence[ArrayLike] | np.ndarray, best: int) -> list[int]:
+    """The trials whose scores cannot be told from those of the best trial.
+
+    scores: (trials, R) one score per seed. best: the index of the best trial.
+    Returns best, then the indices of the trials for which compare gives an adjusted p-value of 0.05 or more (Holm,
+    over all other trials).
+    """
     others = [i for i in range(len(scores)) if i != best]
     if not others:
         return [best]
@@ -143,61 +174,76 @@ def like_the_best(scores, best):
     return [best, *(i for i, adjusted in zip(others, p, strict=True) if adjusted >= 0.05)]
 
 
-def trends(trials, names, score):
-    """Spearman correlation of each hyperparameter in names with the column score over the rows of trials.
+def trends(trials: pd.DataFrame, names: Iterable[str], score: str) -> pd.DataFrame:
+    """The rank correlation (Spearman) of each hyperparameter with a score over trials.
 
-    Returns one row a hyperparameter: rho, n, p_value (permutation test: exact for few trials, else 9,999 draws) and
-    p_holm (Holm over names); rho is NaN where a value never varied.
-    Trials that a sampler chose are no random draws, so this describes the trials; an ablation measures effects.
+    trials: one row for each trial. names: the columns of the hyperparameters. score: the column of the score.
+    Returns one row for each hyperparameter with the columns hyperparameter, rho (NaN where nothing varies, or for fewer
+    than three trials), n (trials), p_value (a permutation test: exact for few trials, else 9,999 draws) and p_holm
+    (Holm over names).
+    A sampler does not choose trials at random, so this describes the trials; only an ablation measures effects.
     """
-    rows, y = [], stats.rankdata(trials[score])
+    rows = []
+    y = stats.rankdata(trials[score])
     for name in names:
-        x, rho, p = stats.rankdata(trials[name]), np.nan, 1.0
+        x = stats.rankdata(trials[name])
+        rho, p_value = np.nan, 1.0
         if len(trials) >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
             rho = stats.pearsonr(x, y).statistic
-            products = stats.permutation_test(
-                (x,), lambda x, axis: (x * y).sum(axis), permutation_type="pairings", vectorized=True, rng=0
+            test = stats.permutation_test(
+                (x,), _sum_of_products_with(y), permutation_type="pairings", vectorized=True, rng=0
             )
-            p = products.pvalue
-        rows.append({"hyperparameter": name, "rho": rho, "n": len(trials), "p_value": p})
+            p_value = test.pvalue
+        rows.append({"hyperparameter": name, "rho": rho, "n": len(trials), "p_value": p_value})
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table["p_value"]))
 
 
-def pareto_front(cost, gain):
-    """Boolean (n,): True where no other point costs no more and gains no less, and differs."""
-    cost, gain = np.asarray(cost, dtype=float), np.asarray(gain, dtype=float)
-    no_worse = (cost[None] <= cost[:, None]) & (gain[None] >= gain[:, None])
-    better = no_worse & ((cost[None] < cost[:, None]) | (gain[None] > gain[:, None]))
-    return ~better.any(1)
+def _sum_of_products_with(y: np.ndarray) -> Callable[[np.ndarray, int], np.ndarray]:
+    """The statistic of the permutation test: for permutations of x it orders as the correlation does."""
+    return lambda x, axis: (x * y).sum(axis)
 
 
-def importance(trials, ranking, n_resamples=300, seed=0):
-    """How much each hyperparameter separates the better trials from the others, with error bars.
+def pareto_front(cost: ArrayLike, gain: ArrayLike) -> np.ndarray:
+    """Boolean (n,): whether no other point is better.  cost, gain: (n,).
 
-    trials: Optuna's, whose params hold a "placebo" that did nothing; ranking: (trials,) smaller is better.
-    Shares add up to 1 and are PED-ANOVA's (Watanabe et al., 2023); the interval comes from resampling trials;
-    beats_placebo is True where a share exceeds the placebo's in 97.5 % of the resamples.
-    Returns one row a name that varied, largest first: name, importance, low, high, beats_placebo.
+    A point is better if it costs no more and gains no less, and differs in one of the two.
     """
-    import optuna
+    costs, gains = np.asarray(cost, dtype=float), np.asarray(gain, dtype=float)
+    # (n,n): [i, j] compares point j with point i
+    no_worse = (costs[None] <= costs[:, None]) & (gains[None] >= gains[:, None])
+    differs = (costs[None] < costs[:, None]) | (gains[None] > gains[:, None])
+    return np.asarray(~(no_worse & differs).any(1))
 
-    trials = [
+
+def importance(
+    trials: Sequence[optuna.trial.FrozenTrial], ranking: ArrayLike, n_resamples: int = 300, seed: int = 0
+) -> pd.DataFrame:
+    """How much each hyperparameter separates the better trials from the others, with intervals.
+
+    trials: their params hold a "placebo" that did nothing. ranking: (trials,) where smaller is better.
+    Returns one row for each hyperparameter that varied, the largest importance first, with the columns name, importance
+    (shares that add up to 1), low and high (95 % interval from resampled trials) and beats_placebo (whether the share
+    is above the placebo's in at least 97.5 % of the resamples).
+    Source: PED-ANOVA (Watanabe et al., 2023), as Optuna has it.
+    """
+    ranks = stats.rankdata(ranking, "ordinal")
+    ranked = [
         optuna.create_trial(params=trial.params, distributions=trial.distributions, value=float(rank))
-        for trial, rank in zip(trials, stats.rankdata(ranking, "ordinal"), strict=True)
+        for trial, rank in zip(trials, ranks, strict=True)
     ]
-    names = [name for name in trials[0].params if len({trial.params[name] for trial in trials}) > 1]
+    names = [name for name in ranked[0].params if len({trial.params[name] for trial in ranked}) > 1]
 
-    def shares(chosen):
+    def shares(indices: Iterable[int]) -> list[float]:
         study = optuna.create_study()
-        study.add_trials([trials[i] for i in chosen])
-        found = optuna.importance.get_param_importances(study, params=names)
-        return [found[name] for name in names]
+        study.add_trials([ranked[i] for i in indices])
+        importances = optuna.importance.get_param_importances(study, params=names)
+        return [importances[name] for name in names]
 
     rng = np.random.default_rng(seed)
-    draws = (np.sort(rng.integers(len(trials), size=len(trials))) for _ in range(n_resamples))
+    draws = [np.sort(rng.integers(len(ranked), size=len(ranked))) for _ in range(n_resamples)]
     resampled = pd.DataFrame([shares(draw) for draw in draws], columns=names)
-    table = pd.DataFrame({"importance": shares(range(len(trials)))}, index=pd.Index(names, name="name"))
+    table = pd.DataFrame({"importance": shares(range(len(ranked)))}, index=pd.Index(names, name="name"))
     table["low"], table["high"] = resampled.quantile(0.025), resampled.quantile(0.975)
     table["beats_placebo"] = resampled.gt(resampled["placebo"], axis=0).mean() >= 0.975
     return table.sort_values("importance", ascending=False).reset_index()

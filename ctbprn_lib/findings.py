@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import yaml
 
-from ctbprn_lib import confirm, evidence, memory, published, storage, verdicts
+from ctbprn_lib import InputError, confirm, evidence, files, memory, published, storage, verdicts
 from ctbprn_lib.report import NAMES, Report, best_rule, escape, nats, percent, rules, sections, span, table, value
 from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO
 from ctbprn_lib.verdicts import BEST, BETTER, LEVEL, SAME, TRIAL_2, UNDECIDED, WORSE, Contrast, effect
@@ -358,9 +358,21 @@ class ConfirmedReport(Report):
             )
             found[verdicts.HELPS_ROUTING] = (verdicts.NOT_TESTED, reason)
         if (folder / "trial_1_seeds.csv").exists():
-            one, two = (published.scores_of_seeds(folder / f"trial_{n}_seeds.csv") for n in (1, 2))
+            one, two = (scores_of_seeds(folder / f"trial_{n}_seeds.csv") for n in (1, 2))
             found |= verdicts.from_reproduction(one, two, published.TABLE.loc[2, "val_accuracy"])
         if self.memory and self.about["largest_batch"]:
             on_gpu = not pd.concat([self.complete["device"], self.runs["device"]]).str.startswith("CPU").any()
             found |= memory.claims(self.memory, self.task, self.about["largest_batch"], on_gpu)
         return found
+
+
+def scores_of_seeds(path):
+    """The test_accuracy and test_ce of the seeds that have both, from a CSV file of audit.original.seed_scores.
+
+    Raises InputError for a file with fewer than two such seeds.
+    """
+    largest = {"test_accuracy": 1, "test_ce": 1000}
+    scores = files.table(path, numbers=largest).dropna()
+    if len(scores) < 2:
+        raise InputError(f"{path}: expected at least two seeds with test_accuracy and test_ce, got {len(scores)}")
+    return scores

@@ -1,13 +1,17 @@
-"""Checks a notebook's parameters before anything is trained.
+"""Checks of a notebook's parameters before anything is trained.
 
-papermill accepts any name, code too, and keeps "false" as text. So the cell after the parameters calls
-check(globals()), and the cell in between, which papermill writes, is read before IPython runs it.
+papermill takes any name for a parameter, code too, and leaves "false" as text. So two things are checked:
+- the cell that papermill writes (the injected cell), before IPython runs it: it may hold only known names and plain
+  values;
+- the values, in the cell after the parameters, which calls check(globals()).
 """
 
 import ast
 import difflib
 import logging
 import platform
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import optuna
 import torch
@@ -22,58 +26,62 @@ AT_LEAST_ONE = {"n_trials", "n_steps", "n_replicas", "d", "rank", "batch_size", 
 AT_LEAST_ONE |= {"n_test", "n_sets", "n_reports", "n_power", "n_runs"}
 AT_LEAST_TWO = {"n_seeds", "n_fresh_seeds", "n_spread_seeds", "n_curve_seeds", "n_pairs"}  # an interval needs two
 ABOVE_ZERO = {"lr", "temperature", "run_seconds"}
-CHOICES = {
+STUDY_NAMES = {"study_name", "tested_by", "like"}
+CHOICES: dict[str, tuple[str, ...]] = {
     "protocol": ("replicated",),
     "objective": tuple(OBJECTIVES),
     "sampler": tuple(SAMPLERS),
     "pruner": tuple(PRUNERS),
     "precision": PRECISIONS,
 }
-INJECTED = "# Parameters\n"  # papermill's first line
-KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+INJECTED = "# Parameters\n"  # the first line of the cell that papermill writes
+KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
-def check(namespace):
-    """Check the parameters of the notebook whose globals() these are, and print what will run.
+def check(namespace: Mapping[str, Any]) -> None:
+    """Check the parameters of a notebook, and print them with what they will run on.
 
-    What a parameter may be follows from the parameters cell itself: its name and its annotation there.
-    Raises InputError that names the parameter, what it may be and, for an unknown one, the nearest name.
+    namespace: the notebook's globals(). The parameters are the annotated names of its parameters cell; the name and the
+    annotation of each say what it may be.
+    Raises InputError that names the parameter and says what it may be or, for a name that is not known, which known
+    name is nearest.
     """
-    known = _known(namespace)
-    cells = reversed(namespace.get("In", ()))
-    _check_injected(next((cell for cell in cells if cell.startswith(INJECTED)), ""), known)
-    for name, kind in known.items():
+    kinds = _kinds(namespace)
+    _check_injected(_injected_cell(namespace), kinds)
+    for name, kind in kinds.items():
         if name not in namespace:
             raise InputError(f"the parameter {name} is missing; it must be {KINDS[kind]}")
         _check_value(name, namespace[name], kind)
-    logging.getLogger("IPKernelApp").addFilter(_not_of_ctrl_c)
-    if get_ipython() is not None:  # a page shows the same cells whatever the user's own IPython shows
-        get_ipython().ast_node_interactivity = "last_expr"
-    values = {name: namespace[name] for name in known}
-    where = device_name(resolve_device(values.get("device", "auto")))
+    logging.getLogger("IPKernelApp").addFilter(_is_not_from_ctrl_c)
+    if shell := get_ipython():  # a page shows the same cells whatever the user's own IPython shows
+        shell.ast_node_interactivity = "last_expr"
+    values = {name: namespace[name] for name in kinds}
+    hardware = device_name(resolve_device(values.get("device", "auto")))
     for name, value in values.items():
         print(f"{name:>14} = {value!r}")
     versions = f"torch {torch.__version__}, optuna {optuna.__version__}, Python {platform.python_version()}"
-    print(f"\nctbprn {__version__} at commit {commit()}; {versions}; {where}")
+    print(f"\nctbprn {__version__} at commit {commit()}; {versions}; {hardware}")
 
 
-def _not_of_ctrl_c(record):
-    """False for the traceback that a kernel logs where papermill, ended by Ctrl-C, no longer listens to it."""
+def _is_not_from_ctrl_c(record: logging.LogRecord) -> bool:
+    """A filter of logging: False for the traceback that a kernel logs when Ctrl-C has ended its papermill."""
     return "Socket operation on non-socket" not in str(record.exc_info)
 
 
-def _check_value(name, value, kind):
-    def refuse(expected):
+def _check_value(name: str, value: Any, kind: type) -> None:
+    """Raise InputError if the value of a parameter is not of its kind or not one that the parameter may have."""
+
+    def refuse(expected: str) -> NoReturn:
         raise InputError(f"{name} must be {expected}, got {value!r}")
 
     if kind is str and isinstance(value, (int, float)):
         refuse(f"text, which papermill takes for a number here: write -r {name} {value}")
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+    if not _is_of_kind(value, kind):
         refuse(KINDS[kind])
     if name in CHOICES and value not in CHOICES[name]:
-        near = difflib.get_close_matches(value, CHOICES[name], 1, 0.5)
-        refuse(f"one of {', '.join(CHOICES[name])}" + (f" (did you mean {near[0]}?)" if near else ""))
+        nearest = difflib.get_close_matches(value, CHOICES[name], 1, 0.5)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+        refuse(f"one of {', '.join(CHOICES[name])}{hint}")
     if name in AT_LEAST_ONE and value < 1:
         refuse(f"{KINDS[kind]} of at least 1")
     if name in AT_LEAST_TWO and value < 2:
@@ -84,45 +92,72 @@ def _check_value(name, value, kind):
         refuse("a whole number above 0, or 0 for all tokens")
     if name == "seed" and not 0 <= value < 2**32:
         refuse("a whole number from 0 to 2**32 - 1")
-    if name in ("study_name", "tested_by", "like") and value:
-        study_folder(value)
+    if name in STUDY_NAMES and value:
+        study_folder(value)  # these three raise InputError themselves
     if name == "storage":
         storage_url("any", value)
     if name == "device":
         resolve_device(value)
 
 
-def _known(namespace):
+def _is_of_kind(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind. A whole number is a number too, but true and false are no numbers."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _kinds(namespace: Mapping[str, Any]) -> dict[str, type]:
+    """{name: kind} of the parameters, from the annotations of the parameters cell."""
     return {name: kind for name, kind in namespace["__annotations__"].items() if kind in KINDS}
 
 
-def _check_injected(source, known):
-    """Refuse papermill's cell if it holds anything but names that are known and plain values."""
+def _injected_cell(namespace: Mapping[str, Any]) -> str:
+    """The last cell that papermill has written; empty if there is none."""
+    for cell in reversed(namespace.get("In", ())):
+        if cell.startswith(INJECTED):
+            return cell
+    return ""
+
+
+def _check_injected(source: str, kinds: Mapping[str, type]) -> None:
+    """Raise InputError if the injected cell holds anything but known names and plain values.
+
+    source: the text of the cell. kinds: {name: kind} of the known parameters.
+    """
     try:
         statements = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise InputError(f"a parameter is a name and a value, got {source.removeprefix(INJECTED)!r}") from None
     for statement in statements:
-        targets = statement.targets if isinstance(statement, ast.Assign) else []  # of a = b = 1 there are two
-        if not (len(targets) == 1 and isinstance(targets[0], ast.Name)):
+        if not isinstance(statement, ast.Assign) or len(statement.targets) > 1:  # a = b = 1 has two targets
             raise InputError(f"a parameter is a name and a value, got {ast.unparse(statement)!r}")
-        name = targets[0].id
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.5)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise InputError(f"there is no parameter {name!r}{hint} The parameters are {', '.join(known)}")
-        try:  # (papermill writes float('nan') too, which none of the parameters may be)
+        target = statement.targets[0]
+        if not isinstance(target, ast.Name):
+            raise InputError(f"a parameter is a name and a value, got {ast.unparse(statement)!r}")
+        name = target.id
+        if name not in kinds:
+            nearest = difflib.get_close_matches(name, kinds, 1, 0.5)
+            hint = f"; did you mean {nearest[0]}?" if nearest else "."
+            raise InputError(f"there is no parameter {name!r}{hint} The parameters are {', '.join(kinds)}")
+        try:  # papermill also writes float('nan'), which is no plain value; no parameter may be that
             ast.literal_eval(statement.value)
         except (ValueError, TypeError, RecursionError, MemoryError):
-            raise InputError(f"{name} must be {KINDS[known[name]]}, got {ast.unparse(statement.value)!r}") from None
+            raise InputError(f"{name} must be {KINDS[kinds[name]]}, got {ast.unparse(statement.value)!r}") from None
 
 
-def _before_it_runs(lines):
-    """IPython's cells on their way: what -p 'seed=f();seed' 1 makes of papermill's would call f."""
+def _check_before_run(lines: list[str]) -> list[str]:
+    """A transformer of IPython: takes the lines of a cell that is about to run, and returns them as they are.
+
+    Raises InputError for an injected cell that holds code: -p 'seed=f();seed' 1 would else call f.
+    """
     if lines and lines[0] == INJECTED:
-        _check_injected("".join(lines), _known(get_ipython().user_ns))
+        shell = get_ipython()
+        assert shell is not None  # IPython alone calls this
+        _check_injected("".join(lines), _kinds(shell.user_ns))
     return lines
 
 
-if get_ipython() is not None:
-    get_ipython().input_transformers_cleanup.append(_before_it_runs)
+_shell = get_ipython()
+if _shell is not None:
+    _shell.input_transformers_cleanup.append(_check_before_run)

@@ -309,7 +309,7 @@ def effect(test):
 
 
 def from_reproduction(trial_1, trial_2, published):
-    """{claim: (verdict, detail)} for the two claims that published.seed_scores of trials 1 and 2 decide.
+    """{claim: (verdict, detail)} for the two claims that the scores of seeds of trials 1 and 2 decide.
 
     published: the published accuracy of trial 2.
     """

@@ -23,7 +23,7 @@ from ctbprn_lib.storage import StorageError, locked
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 HEARTBEAT = 10  # seconds between a worker's signs of life
-POLL = 1  # seconds, and up to five times as long, between looks at the trials of others
+POLL: float = 1  # seconds, and up to five times as long, between looks at the trials of others
 MOST_TRIES = 10  # of a trial whose workers die
 LOST = "its worker was stopped before the end"
 

@@ -150,7 +150,7 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(small_task, tmp_path, steps, caplog, damage, both):
     path = tmp_path / "c.safetensors"
     stopped(small_task, path, 3)
-    for place in (path, checkpoint.before(path))[: 1 + both]:
+    for place in (path, checkpoint.previous(path))[: 1 + both]:
         DAMAGES[damage](place)
     steps.clear()
     assert_equal(fit(HP, small_task, BUDGET, 3), fit(HP, small_task, BUDGET, 3, checkpoint=path))

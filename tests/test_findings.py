@@ -16,7 +16,8 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from test_report import References, made
 
-from ctbprn_lib import findings, report, search, simulate, storage, tasks
+from ctbprn_lib import findings, report, search, storage, tasks
+from ctbprn_lib.audit import simulate
 from ctbprn_lib.verdicts import BETTER, REFUTED, SAME, SUPPORTED, UNDECIDED, WORSE
 
 EFFECTS = {("d", 32): -0.03, ("rank", 4): -0.02, ("n_steps", 1000): 0.02, ("seq_len", 32): -0.1}

@@ -30,19 +30,8 @@ from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from test_report import made
 
-from ctbprn_lib import (
-    InputError,
-    checkpoint,
-    figures,
-    files,
-    findings,
-    published,
-    report,
-    search,
-    simulate,
-    tasks,
-    verdicts,
-)
+from ctbprn_lib import InputError, checkpoint, figures, files, findings, report, search, tasks, verdicts
+from ctbprn_lib.audit import original, simulate
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.publish import render
 from ctbprn_lib.storage import study_folder
@@ -540,11 +529,11 @@ def test_a_damaged_or_half_written_table_is_made_again(tmp_path):
         return made
 
     for _ in range(2):
-        pd.testing.assert_frame_equal(published.once(path, run, trial=2), made)
+        pd.testing.assert_frame_equal(original.read_or_make(path, run, trial=2), made)
     assert len(calls) == 1
     for content in damaged(path.read_bytes(), 60):
         path.write_bytes(content)
-        pd.testing.assert_frame_equal(published.once(path, run, trial=2), made)
+        pd.testing.assert_frame_equal(original.read_or_make(path, run, trial=2), made)
     assert len(calls) > 50 and [p.name for p in tmp_path.iterdir()] == ["kept.csv"]
 
 

@@ -77,7 +77,7 @@ def test_explore_runs_on_tasks_with_and_without_a_true_area(project):
 def test_reproduce_and_benchmark_run_and_are_published(project):
     sizes = {"reproduce": "n_seeds=4 n_fresh_seeds=2 n_samples=64 n_spread_seeds=2 max_steps=5 n_curve_seeds=2",
              "benchmark": "n_sets=50 n_reports=2 n_power=2 n_runs=1 run_seconds=0.01 n_pairs=2 n_steps=2"}  # fmt: skip
-    timed = project / "ctbprn_lib" / "benchmark.py"
+    timed = project / "ctbprn_lib" / "audit" / "speed.py"
     timed.write_text(timed.read_text().replace("batch_size=32", "batch_size=2"))  # seconds, not minutes
     for name, words in sizes.items():
         done = project.papermill(name, *(word.split("=") for word in words.split()))

@@ -77,7 +77,7 @@ def shell():
     shell = InteractiveShell()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parameters, "get_ipython", lambda: shell)
-        shell.input_transformers_cleanup.append(parameters._before_it_runs)
+        shell.input_transformers_cleanup.append(parameters._check_before_run)
         shell.run_cell("seed: int = 0\nstorage: str = ''\nran = []")
         yield shell
 
@@ -192,11 +192,11 @@ def test_jupyterlab_is_for_this_machine_and_whoever_has_its_token(tmp_path):
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
 def test_what_the_library_writes_gets_the_umask(tmp_path, umask, mode):
     code = (
-        "import pathlib, pandas; from ctbprn_lib import published; from ctbprn_lib.model import CTBPRN;"
+        "import pathlib, pandas; from ctbprn_lib.audit import original; from ctbprn_lib.model import CTBPRN;"
         "from ctbprn_lib import checkpoint;"
         "CTBPRN(4, 8, 2, 2).save('m.safetensors');"
         "checkpoint.write('c.safetensors', CTBPRN(4, 8, 2, 2).state_dict(), {}, {});"
-        "published.once(pathlib.Path('t.csv'), lambda: pandas.DataFrame({'a': [1, 2]}))"
+        "original.read_or_make(pathlib.Path('t.csv'), lambda: pandas.DataFrame({'a': [1, 2]}))"
     )
     environment = os.environ | {"PYTHONPATH": str(storage.REPORTS.parent)}
     subprocess.run((sys.executable, "-c", code), cwd=tmp_path, umask=umask, env=environment, check=True)

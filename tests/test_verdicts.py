@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctbprn_lib import search, simulate, tasks, verdicts
+from ctbprn_lib import search, tasks, verdicts
+from ctbprn_lib.audit import simulate
 from ctbprn_lib.verdicts import BETTER, REFUTED, SAME, SUPPORTED, UNDECIDED, WORSE, Evidence
 
 GOLDEN = Path(__file__).parent / "golden"

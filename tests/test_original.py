@@ -9,6 +9,7 @@ import reference
 import torch
 
 from ctbprn_lib import published
+from ctbprn_lib.audit import original
 from ctbprn_lib.train import Hyperparameters
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -17,7 +18,7 @@ HP = Hyperparameters(lr=3e-3, d=8, rank=2, temperature=1.2, batch_size=4, seq_le
 
 @pytest.fixture(scope="module")
 def study():
-    return published.run_study()
+    return original.run_study()
 
 
 def test_all_ten_trials_equal_the_reference_table(study):
@@ -29,24 +30,24 @@ def test_all_ten_trials_equal_the_reference_table(study):
 
 
 def test_the_first_five_trials_have_the_published_hyperparameters(study):
-    same = published.reproduced(study)
+    same = original.reproduced(study)
     assert same.iloc[:5, 2:].all(axis=None)
     assert not same.iloc[5:, 2:].all(axis=None)
-    assert published.tally(same).startswith(
+    assert original.tally(same).startswith(
         f"Of the 80 published numbers {same.to_numpy().sum()} appear again: 30 of 30"
     )
 
 
 def test_other_seeds_give_other_studies(study):
-    other = published.run_study(n_trials=2, data_seed=7)
+    other = original.run_study(n_trials=2, data_seed=7)
     assert (other["lr"] == study["lr"][:2]).all() and (other["ce_loss"] != study["ce_loss"][:2]).all()
-    assert (published.run_study(n_trials=2, tpe_seed=7)["lr"] != study["lr"][:2]).all()
+    assert (original.run_study(n_trials=2, tpe_seed=7)["lr"] != study["lr"][:2]).all()
 
 
 @pytest.mark.parametrize("seed", [0, 42])
 def test_a_seed_equals_the_plain_loop_drawing_from_the_global_state(seed):
     """The second implementation, with torch's one global generator as the original had it, for each of three seeds."""
-    losses, accuracies, _ = published.run_seeds(HP, [seed, 5, seed + 1])
+    losses, accuracies, _ = original.run_seeds(HP, [seed, 5, seed + 1])
     expected = reference.train(lr=3e-3, d=8, rank=2, temperature=1.2, batch_size=4, seq_len=6, n_steps=5, seed=seed)
     np.testing.assert_allclose(losses[:, 0], expected[0], rtol=1e-5)
     np.testing.assert_allclose(accuracies[:, 0], expected[1])
@@ -54,7 +55,7 @@ def test_a_seed_equals_the_plain_loop_drawing_from_the_global_state(seed):
 
 def test_running_leaves_the_random_state_alone():
     before = torch.get_rng_state()
-    published.run_seeds(HP, [1], 1)
+    original.run_seeds(HP, [1], 1)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -64,24 +65,22 @@ def test_running_leaves_the_random_state_alone():
 )
 def test_a_trial_stops_when_three_rounds_have_not_reached_two_fifths(accuracies, rounds):
     losses = np.arange(5.0)
-    score, ce = published.published_score(losses, np.array(accuracies))
+    score, ce = original.published_score(losses, np.array(accuracies))
     assert score == max(accuracies[:rounds]) and ce == losses[:rounds].mean()
 
 
 def test_a_coin_scores_as_the_trial_by_trial_simulation_says():
-    coins = published.coin_scores(4000, 0)
+    coins = original.coin_scores(4000, 0)
     rng = np.random.default_rng(1)
     n = [min(32, 2 * b) for b in published.TABLE["batch_size"]]
-    plain = [
-        max(published.published_score(np.zeros(5), rng.binomial(k, 0.5, 5) / k)[0] for k in n) for _ in range(2000)
-    ]
+    plain = [max(original.published_score(np.zeros(5), rng.binomial(k, 0.5, 5) / k)[0] for k in n) for _ in range(2000)]
     assert coins.max(1).mean() == pytest.approx(0.723, abs=0.004) == pytest.approx(np.mean(plain), abs=0.006)
     assert (coins.max(1) >= 25 / 32).mean() == pytest.approx(0.14, abs=0.02)
 
 
 def test_seed_scores_add_fresh_samples_for_the_same_networks():
-    scores = published.seed_scores(HP, range(5), n_samples=64, portion=2)
-    again = published.seed_scores(HP, range(5), portion=5)
+    scores = original.seed_scores(HP, range(5), n_samples=64, portion=2)
+    again = original.seed_scores(HP, range(5), portion=5)
     assert scores["seed"].tolist() == list(range(5))
     np.testing.assert_allclose(scores["ce_loss"], again["ce_loss"], rtol=1e-6)
     assert scores["test_accuracy"].between(0, 1).all() and "test_ce" not in again
@@ -97,28 +96,28 @@ def test_every_published_number_is_in_the_report():
 
 
 def test_training_goes_on_from_where_the_protocol_stops():
-    grown = published.grown(HP, range(3), (5, 7), n_samples=64)
+    grown = original.accuracy_by_step(HP, range(3), (5, 7), n_samples=64)
     assert grown["step"].tolist() == [5] * 3 + [7] * 3 and grown["seed"].tolist() == [0, 1, 2] * 2
-    five = published.seed_scores(HP, range(3), n_samples=64, portion=3)
+    five = original.seed_scores(HP, range(3), n_samples=64, portion=3)
     assert grown["test_accuracy"][:3].tolist() == five["test_accuracy"].tolist()
 
 
 def test_what_the_page_answers_is_what_its_numbers_say(study):
-    same = published.reproduced(study)
+    same = original.reproduced(study)
     n = same[["val_accuracy", "ce_loss"]].to_numpy().sum()
-    said = published.answer(same)
+    said = original.answer(same)
     assert "The search is the published one**: 30 of the 30 hyperparameters" in said
     assert f"Of the 20 scores {n} are the same on a CPU" in said and "which this run had not" in said
     gpu = same | True
-    assert "on the CUDA GPU of this run 20 of 20 come back" in published.answer(same, gpu)
-    assert "is not the published one**: 0 of the 30" in published.answer(same & False)
+    assert "on the CUDA GPU of this run 20 of 20 come back" in original.answer(same, gpu)
+    assert "is not the published one**: 0 of the 30" in original.answer(same & False)
 
 
 def test_minutes_are_those_of_all_runs_whose_tables_are_there(tmp_path):
-    assert published.minutes(tmp_path, 3) == "3 minutes"
-    assert published.minutes(tmp_path, 2) == "5 minutes (with those of earlier runs, whose tables were there)"
+    assert original.add_minutes(tmp_path, 3) == "3 minutes"
+    assert original.add_minutes(tmp_path, 2) == "5 minutes (with those of earlier runs, whose tables were there)"
     (tmp_path / "minutes.txt").write_text("damaged")
-    assert published.minutes(tmp_path, 2) == "2 minutes"
+    assert original.add_minutes(tmp_path, 2) == "2 minutes"
 
 
 def test_a_table_is_made_once_for_what_it_depends_on(tmp_path):
@@ -129,8 +128,8 @@ def test_a_table_is_made_once_for_what_it_depends_on(tmp_path):
         return pd.DataFrame({"seed": [0, 1], "ce": [0.1, 1 / 3]})
 
     path = tmp_path / "kept" / "table.csv"
-    first = published.once(path, run, steps=5, device="CPU")
-    pd.testing.assert_frame_equal(published.once(path, run, steps=5, device="CPU"), first)
+    first = original.read_or_make(path, run, steps=5, device="CPU")
+    pd.testing.assert_frame_equal(original.read_or_make(path, run, steps=5, device="CPU"), first)
     assert len(made) == 1
-    published.once(path, run, steps=6, device="CPU")
+    original.read_or_make(path, run, steps=6, device="CPU")
     assert len(made) == 2

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ctbprn_lib import benchmark, tasks
+from ctbprn_lib import tasks
+from ctbprn_lib.audit import speed
 from ctbprn_lib.train import Hyperparameters
 
 HP = Hyperparameters(d=8, rank=2, batch_size=4, seq_len=6)
@@ -16,7 +17,7 @@ HP = Hyperparameters(d=8, rank=2, batch_size=4, seq_len=6)
 
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch):
-    monkeypatch.setattr(benchmark, "SECONDS", 1e-3)
+    monkeypatch.setattr(speed, "SECONDS", 1e-3)
 
 
 @pytest.mark.parametrize(("K", "r", "layers"), [(2, 2, 1), (3, 2, 2), (3, 4, 2)])
@@ -29,7 +30,7 @@ def test_the_operations_of_a_step_are_those_of_its_products(K, r, layers):
     narrow = 2 * N * K * r * d + K * 2 * d * d * K * r  # without M
     router = N * d * r + (narrow if K * r < d else B * T * K * r * d + 2 * N * d * d)
     products = stem + layers * (controller + router + 4 * N * d * d) + head
-    flop, moved = benchmark.work(hp, tasks.RoutingTask(K, F, T), "fp32")
+    flop, moved = speed.count_work(hp, tasks.RoutingTask(K, F, T), "fp32")
     assert flop == 2 * (3 * products - stem)  # the input needs no gradient
     assert moved > 4 * 2 * layers * 10 * N * d
 
@@ -37,9 +38,9 @@ def test_the_operations_of_a_step_are_those_of_its_products(K, r, layers):
 def test_fewer_bytes_are_moved_in_bf16():
     task = tasks.RoutingTask(2, 64, 32)
     hp = Hyperparameters(d=64, rank=4, batch_size=8, seq_len=32)
-    (flop, full), (same, half) = (benchmark.work(hp, task, precision) for precision in ("fp32", "bf16"))
+    (flop, full), (same, half) = (speed.count_work(hp, task, precision) for precision in ("fp32", "bf16"))
     assert flop == same and half < 0.65 * full
-    assert benchmark.work(hp, task, "tf32") == (flop, full)  # a GPU's, counted here
+    assert speed.count_work(hp, task, "tf32") == (flop, full)  # a GPU's, counted here
 
 
 def test_bytes_are_counted_where_they_move():
@@ -53,21 +54,21 @@ def test_bytes_are_counted_where_they_move():
         (lambda: a + few.expand(3, 4), 4 * (2 * 12 + 4)),
         (lambda: a.add_(1), 4 * 2 * 12),
     ]:
-        with benchmark._Bytes() as counted:
+        with speed._Bytes() as counted:
             operation()
         assert counted.total == moved
 
 
 def test_a_step_s_time_is_shared_out_among_its_operations(monkeypatch):
-    training = benchmark._training(HP, tasks.RoutingTask(3, 8, 6), 2, torch.device("cpu"), "fp32")
+    training = speed._training(HP, tasks.RoutingTask(3, 8, 6), 2, torch.device("cpu"), "fp32")
     with torch.profiler.profile() as profile:
         training.step()
     called = {event.key.removeprefix("aten::"): event.count for event in profile.key_averages()}
     ticks = itertools.count()
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(ticks))  # each operation takes one tick
-    row = benchmark.where_time_goes((HP, 3, 2), "fp32")
-    assert [row[name] for name in benchmark.SHAPE] == [8, 2, 3, 6, 4, 2]
-    assert sum(row[kind] for kind in (*benchmark.KINDS, benchmark.REST)) == pytest.approx(1)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(ticks))  # each operation takes one tick
+    row = speed.where_time_goes((HP, 3, 2), "fp32")
+    assert [row[name] for name in speed.SHAPE_COLUMNS] == [8, 2, 3, 6, 4, 2]
+    assert sum(row[kind] for kind in (*speed.KINDS, speed.REST)) == pytest.approx(1)
     for kind, names in [
         ("Products", ("mm", "bmm", "baddbmm")),
         ("GELU, sigmoid", ("gelu", "gelu_backward", "sigmoid", "sigmoid_backward")),
@@ -77,15 +78,15 @@ def test_a_step_s_time_is_shared_out_among_its_operations(monkeypatch):
 
 
 def test_ours_is_compared_with_the_original_in_turns(monkeypatch):
-    taken, seconds = [], benchmark._seconds
+    taken, seconds = [], speed._seconds
 
     def kept(function, n, device=None):
         took = seconds(function, n, device)
         taken.append((device, took / n))
         return took
 
-    monkeypatch.setattr(benchmark, "_seconds", kept)
-    small, row = benchmark.against_the_original([(HP, 3, 1), (HP, 2, 3)], n_runs=3, device="cpu", precision="fp32")
+    monkeypatch.setattr(speed, "_seconds", kept)
+    small, row = speed.against_the_original([(HP, 3, 1), (HP, 2, 3)], n_runs=3, device="cpu", precision="fp32")
     assert (row["d"], row["n_areas"], row["n_replicas"], small["n_areas"]) == (8, 2, 3, 3)
     assert [device is None for device, _ in taken[-6:]] == 3 * [True, False]  # the original's, ours, and so on
     original, ours = (1000 * np.array([step for _, step in taken[start::2]]) for start in (-6, -5))
@@ -95,7 +96,7 @@ def test_ours_is_compared_with_the_original_in_turns(monkeypatch):
     assert found == pytest.approx([min(ratios), np.median(ratios), max(ratios)])
     for one in (small, row):
         assert 0 < one["ratio_low"] <= one["ratio"] <= one["ratio_high"] and min(list(one.values())[1:]) > 0
-        flop, moved = benchmark.work(HP, tasks.RoutingTask(one["n_areas"], 8, 6), "fp32")
+        flop, moved = speed.count_work(HP, tasks.RoutingTask(one["n_areas"], 8, 6), "fp32")
         assert (1e9 * one["gflop"], 1e6 * one["mbyte"]) == pytest.approx((flop, moved))
     for share, amount in (("arithmetic_share", "gflop"), ("memory_share", "mbyte")):  # of the same machine's best
         best = [one[amount] / one[share] / one["ours_ms"] for one in (small, row)]
@@ -104,25 +105,25 @@ def test_ours_is_compared_with_the_original_in_turns(monkeypatch):
 
 
 def test_throughput_is_measured_for_every_size_that_fits(monkeypatch):
-    rows = benchmark.scaling("n_replicas", (1, 2, 3), (HP, 2, 1), 1, "cpu", "fp32")
+    rows = speed.scaling("n_replicas", (1, 2, 3), (HP, 2, 1), 1, "cpu", "fp32")
     assert [row["n_replicas"] for row in rows] == [1, 2, 3] and all(row["replica_steps_per_s"] > 0 for row in rows)
-    make = benchmark.Training
+    make = speed.Training
 
     def too_large(hp, *rest):
         if hp.seq_len > 4:
             raise torch.OutOfMemoryError
         return make(hp, *rest)
 
-    monkeypatch.setattr(benchmark, "Training", too_large)
-    rows = benchmark.scaling("seq_len", (2, 4, 8, 3), (HP, 2, 1), 1, "cpu", "fp32")
+    monkeypatch.setattr(speed, "Training", too_large)
+    rows = speed.scaling("seq_len", (2, 4, 8, 3), (HP, 2, 1), 1, "cpu", "fp32")
     assert [row["seq_len"] for row in rows] == [2, 4]
 
 
 def test_a_worker_s_trials_are_counted(small_task):
     from ctbprn_lib.train import Budget
 
-    assert benchmark.trials_an_hour(2, 1, Budget(1, 1, n_evals=1, n_validation=1)) > 0
-    assert benchmark.search_seconds(2) > 0 and benchmark.import_seconds() > 0
+    assert speed.trials_an_hour(2, 1, Budget(1, 1, n_evals=1, n_validation=1)) > 0
+    assert speed.search_seconds(2) > 0 and speed.import_seconds() > 0
 
 
 def test_it_prints_its_table_with_torch_and_numpy_alone():
@@ -130,10 +131,11 @@ def test_it_prints_its_table_with_torch_and_numpy_alone():
 import sys
 for name in ("optuna", "pandas", "matplotlib", "aeon", "scipy", "safetensors", "yaml", "tqdm", "IPython", "papermill"):
     sys.modules[name] = None
-from ctbprn_lib import benchmark, train
-benchmark.SECONDS = 1e-3
+from ctbprn_lib import train
+from ctbprn_lib.audit import speed
+speed.SECONDS = 1e-3
 hp = train.Hyperparameters(d=4, rank=1, batch_size=2, seq_len=4)
-benchmark.main("cpu", [(hp, 2, 2)], {"n_replicas": [1, 2], "d": [4]})
+speed.main("cpu", [(hp, 2, 2)], {"n_replicas": [1, 2], "d": [4]})
 """
     done = subprocess.run((sys.executable, "-c", script), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
