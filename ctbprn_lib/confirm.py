@@ -23,19 +23,11 @@ from ctbprn_lib import InputError, evidence, files, published, search, storage
 from ctbprn_lib.device import out_of_memory, precision_context, resolve_device, resolve_precision
 from ctbprn_lib.model import CTBPRN, Classifier
 from ctbprn_lib.scoring import route_accuracy, score
-from ctbprn_lib.train import Budget, Hyperparameters, fit
+from ctbprn_lib.train import TABLE, Budget, Hyperparameters, fit
 
 # First spawn keys of the seeds: none has been used for tuning, and the best of the confirmed is measured afresh when it
 # is ablated, or every comparison with it would start from its luck.
 CONFIRMING, ABLATING = 1, 2
-# Levels of an ablation: those inside the space, the next size above it, and one past an end where the best value lies.
-LADDER = {
-    "lr": (3e-5, 1e-4, 4e-4, 1e-3, 1.5e-3, 2e-3, 4e-3, 1e-2, 3e-2),
-    "d": (16, 32, 64, 96, 128, 192),
-    "rank": (2, 4, 8, 16, 32, 64),
-    "temperature": (0.25, 0.5, 1.0, 1.7, 2.0, 3.0),
-    "batch_size": (4, 8, 16, 32, 64, 128),
-}
 
 
 @dataclass(frozen=True)
@@ -94,16 +86,18 @@ def sequence_lengths(base, task):
 
 
 def levels(name, entry, best, task):
-    """At least four values of a hyperparameter, in order: best, what the space names, and what LADDER adds."""
+    """At least four values of a hyperparameter, in order: best, what the space names, and what its ladder adds.
+
+    These are the ladder's levels inside the space, the next size above it, and one past an end where the best lies.
+    """
     named = entry if isinstance(entry, list) else [entry["low"], entry["high"]]
     if name == "seq_len":
         ladder = [max(1, task.n_tokens // n) for n in (8, 4, 2, 1)]
         return sorted({*ladder, *(n for n in named if n <= task.n_tokens), best})
-    if name not in LADDER:  # n_layers
-        return sorted({*range(1, 5), *named, best})
+    ladder = TABLE[name].ladder
     low, high, sizes = min(named), max(named), isinstance(best, int)
-    inside = [x for x in LADDER[name] if low <= x <= high]
-    above, below = [x for x in LADDER[name] if x > high], [x for x in LADDER[name] if x < low]
+    inside = [x for x in ladder if low <= x <= high]
+    above, below = [x for x in ladder if x > high], [x for x in ladder if x < low]
     chosen = {*inside, *(named if isinstance(entry, list) else ()), best}
     if sizes or search.edge(entry, best) == "upper":
         chosen |= set(above[:1])
@@ -161,7 +155,7 @@ class Confirmation:
     def key(self, run):
         """What makes two runs the same, as a hash."""
         budget = asdict(replace(self.budget, n_steps=run.n_steps))
-        same = [asdict(run.hyperparameters), budget, self.seed, self.n_test, self.task.description]
+        same = [run.hyperparameters.identity(), budget, self.seed, self.n_test, self.task.description]
         same += [self.precision, self.device.type]
         same += ["ablation"] if run.base else []
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
@@ -274,7 +268,8 @@ def records(name, storage=""):
         record = kept[run["key"]]
         if "mean_test_ce" not in record:
             continue
-        shared = {k: run[k] for k in ("role", "base", "factor", "level")} | run["hyperparameters"]
+        shared = {k: run[k] for k in ("role", "base", "factor", "level")}
+        shared |= asdict(Hyperparameters(**run["hyperparameters"]))  # with those that were added since
         cost = ("train_seconds", "step_time_ms", "peak_mem_mib", "n_parameters", *search.ORIGIN)
         names = ["test_accuracy", "test_ce", "route_accuracy", "test_balanced_accuracy", *VALIDATION]
         record = search.by_layer(record)

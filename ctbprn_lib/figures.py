@@ -10,19 +10,14 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodF
 
 from ctbprn_lib import files
 from ctbprn_lib.search import PLACEBO
+from ctbprn_lib.train import TABLE
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#777777",
 )  # fmt: skip
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 LABELS = {
-    "lr": "learning rate",
-    "d": "width d",
-    "rank": "router rank",
-    "temperature": "temperature",
-    "batch_size": "batch size (samples)",
-    "seq_len": "sequence length (tokens)",
-    "n_layers": "layers",
+    **{name: entry.axis for name, entry in TABLE.items()},
     "n_steps": "length of training (steps)",
     "batch_size, equal samples": "batch size at equal samples",
     "val_ce": "validation CE (nats)",

@@ -13,16 +13,9 @@ import yaml
 from ctbprn_lib import InputError, evidence, files, memory
 from ctbprn_lib.search import HYPERPARAMETERS, edge, load_study, records
 from ctbprn_lib.storage import study_folder
+from ctbprn_lib.train import TABLE
 
-NAMES = {
-    "lr": "Learning rate",
-    "d": "Width d",
-    "rank": "Router rank",
-    "temperature": "Temperature",
-    "batch_size": "Batch size",
-    "seq_len": "Sequence length",
-    "n_layers": "Layers",
-}
+NAMES = {name: entry.label for name, entry in TABLE.items()}
 
 
 def accuracy(row):
@@ -57,11 +50,9 @@ def number(x, digits):
 
 def value(name, x):
     """A hyperparameter as people read it."""
-    if x is None or (isinstance(x, float) and math.isnan(x)):
-        return "–"
-    if name == "lr":
-        return f"{x:.2g}" if x < 1e-3 else f"{x:.5f}".rstrip("0")
-    return f"{x:.2f}" if name == "temperature" else f"{x:g}"
+    if name in TABLE:
+        return TABLE[name].text(x)
+    return "–" if x is None or math.isnan(x) else f"{x:g}"
 
 
 def table(header, rows):

@@ -13,7 +13,7 @@ import re
 import subprocess
 import time
 import uuid
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from ctbprn_lib import InputError, __version__, checkpoint, files, storage, work
 from ctbprn_lib.device import device_name, out_of_memory
 from ctbprn_lib.evidence import mean_interval
 from ctbprn_lib.storage import connect, locked, sqlite_file, storage_url, study_folder
-from ctbprn_lib.train import Hyperparameters, fit
+from ctbprn_lib.train import KINDS, TABLE, Hyperparameters, fit
 from ctbprn_lib.workers import FINISHED
 
 OBJECTIVES = {"val_ce": ["minimize"], "val_accuracy": ["maximize"], "both": ["minimize", "maximize"]}
@@ -46,7 +46,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 ORIGIN = ("device", "precision", "torch", "optuna", "python", "commit")
 MOST = 1_000_000_000  # of a hyperparameter; its reciprocal is the least, for float32's sake
 SCORES = ("val_accuracy", "val_ce", "val_balanced_accuracy")
-HYPERPARAMETERS = [f.name for f in fields(Hyperparameters)]
+HYPERPARAMETERS = list(TABLE)
 
 
 def default_space(task):
@@ -95,10 +95,12 @@ def load_space(path, task):
                 raise InputError(f"{path}: {error}") from None
             if name == "seq_len" and level > task.n_tokens:
                 refuse(f"{level} is out of reach: the task has {task.n_tokens} tokens")
-            if level < 1 / MOST:
+            if 0 < level < 1 / MOST:
                 refuse(f"out of reach; expected at least {1 / MOST:g}")
         if isinstance(entry, dict) and entry["low"] >= entry["high"]:
             refuse(f"low must be below high, got {entry['low']} and {entry['high']}")
+        if isinstance(entry, dict) and entry.get("log") and not entry["low"]:
+            refuse("a range with log must begin above 0")
         space[name] = entry
     return space
 
@@ -115,7 +117,7 @@ def suggest(trial, space):
         if isinstance(entry, list):
             values[name] = trial.suggest_categorical(name, entry)
         else:
-            whole = isinstance(entry["low"], int) and isinstance(getattr(Hyperparameters, name), int)
+            whole = isinstance(entry["low"], int) and KINDS[name] is int
             suggest_one = trial.suggest_int if whole else trial.suggest_float
             values[name] = suggest_one(name, entry["low"], entry["high"], log=entry.get("log", False))
     return Hyperparameters(**values)
@@ -365,7 +367,7 @@ def by_layer(scores):
 def hyperparameters(row):
     """The Hyperparameters of a row of records."""
     known = {name: row[name] for name in HYPERPARAMETERS if name in row and not math.isnan(row[name])}
-    return Hyperparameters(**{name: type(getattr(Hyperparameters, name))(value) for name, value in known.items()})
+    return Hyperparameters(**{name: KINDS[name](value) for name, value in known.items()})
 
 
 def commit():

@@ -2,9 +2,10 @@
 
 import copy
 import functools
+import math
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -20,22 +21,82 @@ CHECKPOINT_SECONDS = 30  # a training shorter than this is cheaper to repeat tha
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What is known of one hyperparameter beside its default: a row of the table in Hyperparameters.
+
+    label: its name as people read it.
+    ladder: the levels that an ablation may move it through, in order.
+    unit: of its axis in a picture.
+    digits: how a value is printed, as a format specification.
+    shapes: whether it changes which initial values are drawn.  Equal seeds make pairs where no such one differs.
+    zero: whether 0 is allowed.
+    added: whether it came after the first confirmations were recorded, which therefore do not name it.
+    """
+
+    label: str
+    ladder: tuple[float, ...] = ()
+    unit: str = ""
+    digits: str = "g"
+    shapes: bool = False
+    zero: bool = False
+    added: bool = False
+
+    def text(self, value: float) -> str:
+        """A value as people read it; a dash where there is none."""
+        return "–" if value is None or math.isnan(value) else format(value, self.digits)
+
+    @property
+    def axis(self) -> str:
+        """The label of an axis."""
+        return f"{self.label.lower()} ({self.unit})" if self.unit else self.label.lower()
+
+
+class Rate(Entry):
+    """The learning rate, which is printed with two digits below 0.001 and with five decimals above."""
+
+    def text(self, value: float) -> str:
+        return super().text(value) if not value >= 1e-3 else f"{value:.5f}".rstrip("0")
+
+
+def _row(default, entry):
+    return field(default=default, metadata={"entry": entry})
+
+
+@dataclass(frozen=True)
 class Hyperparameters:
-    """What is searched over; the names are the original report's, with torch-like values as defaults."""
+    """What is searched over; the first six names are the original report's.
 
-    lr: float = 1e-3
-    d: int = 64
-    rank: int = 8
-    temperature: float = 1.0
-    batch_size: int = 32
-    seq_len: int = 128
-    n_layers: int = 2
+    This is the one table of them: space, training, ablation, pictures and report read it.  A new hyperparameter is a
+    row here and its use in the training below.
+    """
 
-    def __post_init__(self):
+    lr: float = _row(
+        1e-3, Rate("Learning rate", (3e-5, 1e-4, 4e-4, 1e-3, 1.5e-3, 2e-3, 4e-3, 1e-2, 3e-2), digits=".2g")
+    )
+    d: int = _row(64, Entry("Width d", (16, 32, 64, 96, 128, 192), shapes=True))
+    rank: int = _row(8, Entry("Router rank", (2, 4, 8, 16, 32, 64), shapes=True))
+    temperature: float = _row(1.0, Entry("Temperature", (0.25, 0.5, 1.0, 1.7, 2.0, 3.0), digits=".2f"))
+    batch_size: int = _row(32, Entry("Batch size", (4, 8, 16, 32, 64, 128), unit="samples"))
+    seq_len: int = _row(128, Entry("Sequence length", unit="tokens"))  # its ladder depends on the task
+    n_layers: int = _row(2, Entry("Layers", (1, 2, 3, 4), shapes=True))
+    weight_decay: float = _row(0.01, Entry("Weight decay", (0.0, 1e-3, 0.01, 0.03, 0.1, 0.3), zero=True, added=True))
+
+    def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            whole = isinstance(self.__dataclass_fields__[name].default, int)
-            if isinstance(value, bool) or not isinstance(value, (int,) if whole else (int, float)) or not value > 0:
-                raise InputError(f"{name} must be a {'whole ' if whole else ''}number above 0, got {value!r}")
+            whole, zero = KINDS[name] is int, TABLE[name].zero
+            number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            if not number or not (value > 0 or (zero and value == 0)):
+                least = "of at least 0" if zero else "above 0"
+                raise InputError(f"{name} must be a {'whole ' if whole else ''}number {least}, got {value!r}")
+
+    def identity(self) -> dict[str, float]:
+        """The values that tell one training from another: one that was added later counts only if it is not usual."""
+        usual = {name: row.default for name, row in self.__dataclass_fields__.items()}
+        return {k: v for k, v in asdict(self).items() if not TABLE[k].added or v != usual[k]}
+
+
+TABLE: dict[str, Entry] = {row.name: row.metadata["entry"] for row in fields(Hyperparameters)}
+KINDS: dict[str, type] = {row.name: type(row.default) for row in fields(Hyperparameters)}
 
 
 @dataclass(frozen=True)
@@ -105,7 +166,9 @@ class Training:
         self.rate = torch.zeros((), device=device)
         self.rates = torch.zeros(budget.n_steps + 3, device=device)  # three: a graph's warm-up
         on_gpu = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.rate, fused=True, capturable=on_gpu)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.rate, weight_decay=shape.weight_decay, fused=True, capturable=on_gpu
+        )
         for p in self.parameters:  # as AdamW would make it at its first step
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
@@ -220,7 +283,7 @@ def fit(hyperparameters, task, budget=None, seed=0, device="auto", on_eval=None,
     result = Fit(hp, budget, training.model, str(device), precision, n_parameters)
     n_evals = min(budget.n_evals, budget.n_steps)
     eval_steps = np.linspace(0, budget.n_steps, n_evals + 1)[1:].astype(int).tolist()
-    of = dict(hyperparameters=asdict(hp), budget=asdict(budget), task=task.description, device=device.type,
+    of = dict(hyperparameters=hp.identity(), budget=asdict(budget), task=task.description, device=device.type,
               precision=precision, torch=torch.__version__, seed=[str(root.entropy), *root.spawn_key])  # fmt: skip
 
     def go_on(state, about):

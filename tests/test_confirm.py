@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import optuna
@@ -204,3 +205,14 @@ def test_records_have_a_row_for_each_role_and_seed_and_chance_where_a_seed_diver
 def test_another_task_is_refused(study):
     with pytest.raises(InputError, match="study 'made' is of the task"):
         confirm.Confirmation(study, tasks.RoutingTask(n_features=12, n_tokens=8))
+
+
+def test_confirmations_from_before_a_hyperparameter_was_added_keep_their_keys():
+    """The keys are those that the code had when there were seven hyperparameters."""
+    made = confirm.Confirmation.__new__(confirm.Confirmation)
+    made.task, made.n_test, made.seed, made.budget = tasks.RoutingTask(), 8192, 0, Budget(500, 8, n_evals=1)
+    made.precision, made.device = "bf16", torch.device("cpu")
+    hp = Hyperparameters(lr=0.00153, rank=16, temperature=1.71)
+    assert made.key(confirm.Run("published trial 2", hp, 500)) == "c7e2956364ab520e"
+    assert made.key(confirm.Run("", hp, 500, "published trial 2")) == "656a0a5605cb052e"
+    assert made.key(confirm.Run("published trial 2", replace(hp, weight_decay=0.1), 500)) != "c7e2956364ab520e"

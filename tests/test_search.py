@@ -8,7 +8,7 @@ import optuna
 import pytest
 from crew import SPACE
 
-from ctbprn_lib import InputError, search, storage, tasks
+from ctbprn_lib import InputError, confirm, figures, findings, search, storage, tasks
 from ctbprn_lib.train import Budget
 
 BUDGET = Budget(4, 2, n_evals=2, n_validation=32)
@@ -207,3 +207,25 @@ def test_a_study_without_trials_or_of_another_kind_is_named(reports, small_task)
     optuna.create_study(study_name="theirs", storage=study._storage)
     with pytest.raises(InputError, match="study 'theirs' does not say what it asks"):
         search.load_study("theirs", storage.storage_url("s"))
+
+
+def test_a_hyperparameter_that_was_added_is_searched_trained_ablated_and_reported(reports, tmp_path, small_task):
+    """weight_decay, of which 0 is a value: from a line of YAML to the sections of the report."""
+    (tmp_path / "space.yaml").write_text(
+        "weight_decay: {low: 0, high: 0.3}\nd: [4, 8]\nrank: [2]\nbatch_size: [4]\nseq_len: [8]\n"
+    )
+    space = search.load_space(tmp_path / "space.yaml", small_task)
+    question = dict(task=small_task, space=space, budget=Budget(3, 2, n_evals=1, n_validation=32))
+    search.run_trials(search.open_study("decay", **question), 3, **question, device="cpu")
+    r = findings.load("decay")
+    decays = r.trials["weight_decay"]
+    assert decays.between(0, 0.3).all() and decays.nunique() == 3
+    assert f"- **Weight decay**: {decays[r.by_ce['trial']]:g}\n" in r.best_parameters() + "\n"
+    base = confirm.Run("trial 0", search.hyperparameters(r.trials.iloc[0]), 3)
+    levels = {run.level for run in confirm.ablations(base, space, small_task) if run.factor == "weight_decay"}
+    assert levels >= {0.0, 0.01, 0.1, 0.3, base.hyperparameters.weight_decay}
+    assert figures.LABELS["weight_decay"] == "weight decay"
+    for text, said in (("{low: 0, high: 1, log: true}", "must begin above 0"), ("[-0.1]", "a number of at least 0")):
+        (tmp_path / "space.yaml").write_text(f"weight_decay: {text}\n")
+        with pytest.raises(InputError, match=f"weight_decay.*{said}"):
+            search.load_space(tmp_path / "space.yaml", small_task)

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ctbprn_lib import InputError, files
-from ctbprn_lib.confirm import LADDER
+from ctbprn_lib.train import TABLE, Hyperparameters
 from ctbprn_lib.verdicts import TRIAL_2
 
 ACCURACY = 0.97  # mean test accuracy of a configuration to which no effect is added
@@ -44,9 +45,9 @@ def runs(
     spread: standard deviation of log(error) over seeds. Errors are lognormal, so they are skewed and stay above 0.
     Returns a table like that of confirm.records, with one row for each run and seed.
     """
-    base = dict(lr=0.0012, d=64, rank=16, temperature=1.3, batch_size=16, seq_len=128, n_layers=2, n_steps=500)
+    base = asdict(Hyperparameters(lr=0.0012, rank=16, temperature=1.3, batch_size=16)) | {"n_steps": 500}
     ladder: dict[str, tuple[float, ...]] = {
-        name: LADDER[name] for name in ("lr", "d", "rank", "temperature", "batch_size")
+        name: TABLE[name].ladder for name in ("lr", "d", "rank", "temperature", "batch_size")
     }
     ladder |= {"seq_len": (32, 64, 128), f"batch_size{EQUAL_SAMPLES}": (8, 16, 32, 64), "n_steps": (250, 500, 1000)}
     roles = ("trial 7", "trial 3", "published trial 1", TRIAL_2, "defaults")
