@@ -123,14 +123,19 @@ class Confirmation:
         self.precision = resolve_precision(self.budget.precision, self.device)
         self.seed, self.name = seed, study.study_name
         self.study = storage.beside(study, f"{study.study_name}/confirm")
-        if not self.study.get_trials(deepcopy=False) and "of" not in self.study.user_attrs:
-            self.study.set_user_attr("of", study.user_attrs.get("id"))
+        if self.study.directions != [optuna.study.StudyDirection.MINIMIZE]:
+            raise InputError(
+                f"the storage holds a study {self.study.study_name!r} that another program made for something else; "
+                f"delete it (optuna delete-study --study-name {self.study.study_name} --storage <URL>), or tune under "
+                "another study_name"
+            )
         if of_deleted(study):
             raise InputError(
                 f"the storage holds the confirmation of a study {study.study_name!r} that has been deleted; delete it "
                 f"too (optuna delete-study --study-name {study.study_name}/confirm --storage <URL>), or tune under "
                 "another study_name"
             )
+        self.study.set_user_attr("of", study.user_attrs.get("id"))
         self.weights = storage.REPORTS.parent / "runs" / "weights"
 
     def train(self, runs, on_done=None):
@@ -247,7 +252,9 @@ def confirm_study(study: optuna.Study) -> optuna.Study | None:
 def of_deleted(study: optuna.Study) -> bool:
     """Whether the confirmation beside a study is of an earlier study of the same name, which has been deleted."""
     found = confirm_study(study)
-    return found is not None and found.user_attrs.get("of") != study.user_attrs.get("id")
+    if found is None or found.user_attrs.get("of") == study.user_attrs.get("id"):
+        return False
+    return any("key" in trial.user_attrs for trial in found.get_trials(deepcopy=False))
 
 
 def records(name, storage=""):

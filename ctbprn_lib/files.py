@@ -135,7 +135,8 @@ def ts(path):
     declared = header["classlabel"][1:]
     series, labels = [], []
     for n, line in enumerate(lines[start:], start + 1):
-        if not line.strip() or line.startswith("#"):
+        line = line.strip()
+        if not line or line.startswith("#"):
             continue
         *channels, label = line.split(":")
         if "(" in line.removesuffix(label):
@@ -162,13 +163,16 @@ def _ts_header(path, lines):
     header = {}
     for n, line in enumerate(lines):
         words = line.split()
-        if not words or line.startswith("#"):
+        if not words or words[0].startswith("#"):
             continue
-        if not line.startswith("@"):
+        if not words[0].startswith("@"):
             break
-        if words[0].lower() == "@data":
+        key = words[0].lower().removeprefix("@")
+        if key == "data":
             return _checked_ts_header(path, header), n + 1
-        header[words[0].lower().removeprefix("@")] = words[1:]
+        if key in header:
+            raise InputError(f"{path}: line {n + 1}: @{key} stands there twice")
+        header[key] = words[1:]
     raise InputError(f"{path}: not a readable .ts file: expected lines that begin with @, the last of them @data")
 
 

@@ -253,7 +253,7 @@ class ConfirmedReport(Report):
         return runs.drop_duplicates([*HYPERPARAMETERS, "n_steps", "ablated"])
 
     def _n_test(self):
-        return min(self.about["n_test"], self.task.get("n_samples", {}).get("test", self.about["n_test"]))
+        return self.task.get("n_samples", {}).get("test", self.about["n_test"])
 
     def _value(self, role, name):
         return self.evidence.group("", "role", role)[name][0]

@@ -18,6 +18,7 @@ from torch import nn
 from ctbprn_lib import InputError, files
 from ctbprn_lib.tasks import CHUNK, ArrayTask, Preparation, RoutingTask, checked_recordings, refuse_missing
 
+KINDS_OF_LABELS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))  # beside text
 CONFIG = ("n_features", "d", "rank", "n_areas", "n_layers", "n_classes", "n_replicas", "stem")
 
 
@@ -307,7 +308,7 @@ class Classifier:
         arrays = (self.preparation.center, self.preparation.scale)
         state |= {name: torch.from_numpy(array) for name, array in zip(self.TENSORS, arrays, strict=True)}
         about = dict(classes=self.classes_.tolist(), area_names=self.area_names, seq_len=self.seq_len)
-        about |= dict(columns=self.preparation.columns)
+        about |= dict(columns=self.preparation.columns, kind=self.classes_.dtype.name)
         files.write_tensors(path, state, json.dumps(self.network.config | {"classifier": about}))
 
     @classmethod
@@ -321,8 +322,13 @@ class Classifier:
         try:
             columns = about["columns"] and tuple(tuple(map(int, features)) for features in about["columns"])
             center, scale = (state[name].numpy() for name in cls.TENSORS)
-            classes, seq_len, area_names = np.array(about["classes"]), about["seq_len"], about["area_names"]
-            fits = center.shape == scale.shape == (K, F) and center.dtype == scale.dtype == np.float64
+            seq_len, area_names, kind = about["seq_len"], about["area_names"], about["kind"]
+            classes = np.array(about["classes"], dtype=kind if kind in KINDS_OF_LABELS else None)
+            text = {type(label) for label in about["classes"]} == {str}
+            whole = {type(label) for label in about["classes"]} in ({int}, {bool}) and kind in KINDS_OF_LABELS
+            fits = (
+                (text or whole) and center.shape == scale.shape == (K, F) and center.dtype == scale.dtype == np.float64
+            )
             fits = fits and np.isfinite(center).all() and (scale > 0).all()
             fits = fits and classes.shape == (network.config["n_classes"],) and classes.dtype.kind in "iuUb"
             fits = fits and type(seq_len) is int and seq_len > 0 and network.config["n_replicas"] == 1
@@ -330,7 +336,7 @@ class Classifier:
             if columns:
                 flat = sorted(f for features in columns for f in features)
                 fits = fits and len(columns) == K and max(map(len, columns)) == F and flat == list(range(len(flat)))
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             fits = False
         if not fits:
             raise InputError(f"{path}: what the classifier holds does not fit its network; the file is damaged")

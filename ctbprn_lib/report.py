@@ -119,7 +119,7 @@ class Report:
             raise InputError(
                 f"study {study_name!r} has no complete trial" + (f": {'; '.join(reasons)}" if reasons else "")
             )
-        self.n_validation = min(self.task.get("n_samples", {}).get("validation", math.inf), self.budget["n_validation"])
+        self.n_validation = self.task.get("n_samples", {}).get("validation", self.budget["n_validation"])
         self.by_accuracy = self.complete.sort_values(["val_accuracy", "val_ce"], ascending=[False, True]).iloc[0]
         self.by_ce = self.complete.loc[self.complete["val_ce"].idxmin()]
         replicas = [f"val_ce_{r}" for r in range(self.budget["n_replicas"])]

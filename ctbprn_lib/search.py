@@ -157,6 +157,7 @@ def open_study(name, storage="", *, task, space, budget, objective="val_ce", sam
         asked, so_far = study.user_attrs.get("fingerprint"), len(study.get_trials(deepcopy=False))
         if asked is None:
             _refuse_of_others(made, objective)
+            _set_aside(name)
             study.set_user_attr("fingerprint", fingerprint)
             study.set_user_attr("id", uuid.uuid4().hex)  # a study deleted and made again is another one
         elif asked != fingerprint:
@@ -173,6 +174,20 @@ def open_study(name, storage="", *, task, space, budget, objective="val_ce", sam
     study.sampler = SAMPLERS[sampler](seed=sampler_seed)
     study.marks, study.outside = {"sampler": sampler, "pruner": pruner}, functools.partial(_outside, space)
     return study
+
+
+def _set_aside(name):
+    """Move what an earlier study of this name has left in its folder to the folder "earlier" in it.
+
+    Its report, weights and tables would stand beside those of the new study.
+    """
+    folder = study_folder(name)
+    left = [path for path in folder.glob("*") if path.name not in ("optuna_studies", "earlier")]
+    if left:
+        place = folder / "earlier" / time.strftime("%Y-%m-%d %H.%M.%S")
+        place.mkdir(parents=True)
+        for path in left:
+            path.rename(place / path.name)
 
 
 def _refuse_of_others(study, objective):
@@ -330,6 +345,8 @@ def records(study):
     asked, rows = study.user_attrs["fingerprint"], []
     C, how = asked["task"].get("n_classes", 2), study.user_attrs.get("how", {})  # of studies before trials kept it
     for trial in study.trials:
+        if trial.state == optuna.trial.TrialState.WAITING:  # it has not begun
+            continue
         kept = dict(trial.user_attrs)
         if trial.state == optuna.trial.TrialState.FAIL:  # how far it had come is no score
             kept = {name: value for name, value in kept.items() if name not in (*SCORES, "curves")}

@@ -218,11 +218,19 @@ class ArrayTask:
         train = split == "train"
         if len(set(y[train])) < len(classes):
             absent = sorted(set(range(len(classes))) - set(y[train]))[0]
-            refuse(f"y: class {self.class_names[absent]!r} has no training sample")
-        copies, first_pair = _copies(x, mask, split)
+            reason = "" if groups is None else "; its groups are whole, and too few for every split"
+            refuse(f"y: class {self.class_names[absent]!r} has no training sample{reason}")
+        for name in SPLITS[1:]:
+            if len(set(y[split == name])) == 1:
+                only = self.class_names[y[split == name][0]]
+                refuse(
+                    f"all {name} samples are of one class, {only!r}, so a score would say nothing; give another split, "
+                    "or more samples or groups of each class"
+                )
+        copies, pairs = _copies(x, mask, split)
         for name, n in copies.items():
             if groups is None and n > 0.01 * (split == name).sum():
-                a, b = first_pair
+                a, b = pairs[name]
                 refuse(
                     f"{n} of the {(split == name).sum()} {name} samples are exact copies of samples in another split, "
                     f"the first pair is {a} ({split[a]}) and {b} ({split[b]}); a score would measure memory. Drop the "
@@ -272,18 +280,22 @@ class ArrayTask:
         return _first_tokens(batch, seq_len)
 
     def fixed(self, split, n_samples=None, seq_len=None, device="cpu"):
-        """Yield the validation or test samples (at most n_samples) as batches with R = 1."""
+        """Yield all validation or test samples as batches with R = 1.
+
+        n_samples, which a task that makes its own samples obeys, is not used: the first recordings of a file may be of
+        one class or one subject.
+        """
         x, y, mask = self._on(split, device)
-        end = min(len(y), n_samples or len(y))
-        for i in range(0, end, CHUNK):
-            part = slice(i, min(i + CHUNK, end))
+        for i in range(0, len(y), CHUNK):
+            part = slice(i, i + CHUNK)
             batch = Batch(x[:, part].transpose(0, 1)[None], y[None, part], None if mask is None else mask[None, part])
             yield _first_tokens(batch, seq_len)
 
     def baselines(self) -> dict[str, float]:
         """Test accuracy without the network: the largest class, and ridge regression on each feature's mean.
 
-        Ridge's coefficients are found iteratively (LSQR), so that thousands of features cost no more than a training.
+        Ridge's coefficients are found iteratively (LSQR) or by a factorisation, whichever takes less arithmetic, so
+        that thousands of features cost no more than a training.
         """
         from sklearn.linear_model import RidgeClassifier  # takes a second to import
 
@@ -293,7 +305,8 @@ class ArrayTask:
             return m.transpose(0, 1).flatten(1).double().numpy(), y.numpy()
 
         (a, y), (a_test, y_test) = means("train"), means("test")
-        rule = RidgeClassifier(solver="lsqr", tol=1e-6).fit(a, y)
+        few_classes = 200 * self.n_classes < min(a.shape)  # LSQR takes some 50 products with a for each class
+        rule = RidgeClassifier(solver="lsqr" if few_classes else "cholesky", tol=1e-6).fit(a, y)
         return {
             "majority class": float((y_test == np.bincount(y).argmax()).mean()),
             "linear rule": float(rule.score(a_test, y_test)),
@@ -494,7 +507,9 @@ def _splits(split, y, groups, refuse):
 
 
 def _split_groups(y, groups, plan, refuse):
-    """(N,) of split names: whole groups, the largest first, each where the classes then fit their shares best.
+    """(N,) of split names: whole groups, the largest first, each where it is needed most.
+
+    That is where it brings classes that a split lacks, else where the classes then fit their shares best.
 
     plan: {"validation": share, ...}; the rest is training.
     """
@@ -512,28 +527,33 @@ def _split_groups(y, groups, plan, refuse):
     side = np.zeros(len(names), int)
     for place, group in enumerate(order):
         added = counts[group] / totals
-        cost = [((have + np.eye(len(wanted))[[s]].T * added - wanted) ** 2).sum() for s in range(len(wanted))]
+        cost = []
+        for s in range(len(wanted)):
+            then = have.copy()
+            then[s] += added
+            # a class that a split lacks counts most, then the shares, then how full a split is
+            cost.append(((then == 0).sum(), round(((then - wanted) ** 2).sum(), 9), have[s].sum()))
         empty = np.flatnonzero(have.sum(1) == 0)
         must = len(empty) == len(order) - place  # each group that is left is needed by a split that has none
-        side[group] = empty[0] if must else int(np.argmin(cost))
+        side[group] = empty[0] if must else min(range(len(cost)), key=cost.__getitem__)
         have[side[group]] += added
     return np.array(list(shares), dtype="U10")[side[members]]
 
 
 def _copies(x, mask, split):
-    """({split: its samples that are exact copies of a sample in another split}, the first such pair or None)."""
+    """({split: its samples that are exact copies of a sample in another split}, {split: the first such pair})."""
     same = {}
     for n, length in enumerate(mask.sum(1)):
         tokens = np.ascontiguousarray(x[n, ..., :length, :]) + 0  # and -0.0 becomes 0.0
         same.setdefault(hashlib.blake2b(tokens.tobytes()).digest(), []).append(n)
-    counts, pairs = dict.fromkeys(SPLITS, 0), []
+    counts, pairs = dict.fromkeys(SPLITS, 0), {}
     for samples in same.values():
-        sides = split[samples]
-        if len(set(sides)) > 1:
-            pairs.append((samples[0], next(n for n in samples if split[n] != split[samples[0]])))
-            for name in sides:
-                counts[name] += 1
-    return counts, min(pairs, default=None)
+        for n in samples:
+            twin = next((m for m in samples if split[m] != split[n]), None)
+            if twin is not None:
+                counts[split[n]] += 1
+                pairs[split[n]] = min(pairs.get(split[n], (n, twin)), (n, twin))
+    return counts, pairs
 
 
 def _facts(task, y, split, copies, grouped):

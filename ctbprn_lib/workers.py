@@ -130,17 +130,16 @@ def _ask(study):
 
     It is marked before it runs, so that a trial that runs without marks is another program's.
     """
-    usable = False
     for trial in study._storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.WAITING,)):
-        if why := study.outside(trial.params | trial.system_attrs.get("fixed_params", {})):
-            fail(study, trial, why)
-        else:
-            usable = True
-            for name, value in study.marks.items():
-                study._storage.set_trial_user_attr(trial._trial_id, name, trial.user_attrs.get(name, value))
-    if not usable:
+        if reason := study.outside(trial.params | trial.system_attrs.get("fixed_params", {})):
+            fail(study, trial, reason)
+            continue
+        for name, value in study.marks.items():
+            study._storage.set_trial_user_attr(trial._trial_id, name, trial.user_attrs.get(name, value))
+        break
+    else:
         study.add_trial(optuna.create_trial(state=TrialState.WAITING, user_attrs=study.marks))
-    return study.ask()
+    return study.ask()  # the first that waits
 
 
 def _care_for_the_lost(study, n_trials):

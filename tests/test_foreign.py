@@ -99,6 +99,16 @@ def test_what_is_enqueued_inside_the_space_is_run_like_any_other(reports):
     assert study.foreign() == [] and study.trials[1].user_attrs["sampler"] == "tpe"
 
 
+def test_trials_that_wait_are_no_trials_yet(reports):
+    study, asked = begun(1)
+    for _ in range(3):
+        outsider().enqueue_trial({"d": 8})
+    search.run_trials(study, 2, **asked, device="cpu")
+    assert findings.load("s").trials["state"].tolist() == ["complete"] * 2
+    search.run_trials(study, 3, **asked, device="cpu")
+    assert [t.params["d"] for t in study.trials[1:3]] == [8, 8]
+
+
 def test_a_trial_whose_end_another_program_told_is_done_anew(reports):
     """It took the lost trial that waited, and told its end without any record."""
     study, asked = begun(1)
@@ -152,6 +162,31 @@ def test_the_confirmation_of_a_deleted_study_is_told_apart(reports):
     optuna.delete_study(study_name="s/confirm", storage=again._storage)
     assert confirm.Confirmation(again, asked["task"], 2, 64, device="cpu").train(runs[:1])
     assert "earlier study" not in findings.load("s").summary()
+
+
+def test_a_confirmation_made_beforehand_is_taken_if_it_is_empty_and_refused_if_it_is_for_something_else(reports):
+    study, asked = begun(1)
+    theirs = optuna.create_study(study_name="s/confirm", storage=study._storage)
+    theirs.add_trial(optuna.create_trial(value=0.0))
+    assert "earlier study" not in findings.load("s").summary()
+    assert confirm.Confirmation(study, asked["task"], 2, 64, device="cpu").study.user_attrs["of"]
+    optuna.delete_study(study_name="s/confirm", storage=study._storage)
+    optuna.create_study(study_name="s/confirm", storage=study._storage, directions=["minimize", "maximize"])
+    with pytest.raises(InputError, match="'s/confirm' that another program made for something else"):
+        confirm.Confirmation(study, asked["task"], 2, 64, device="cpu")
+
+
+def test_what_a_deleted_study_left_in_its_folder_is_set_aside_and_not_lost(reports):
+    study, _ = begun(1)
+    findings.load("s").raw_data()
+    (reports / "s" / "best_ce.json").write_text("{}")
+    begun(1)
+    assert (reports / "s" / "best_ce.json").exists()  # the same study goes on
+    optuna.delete_study(study_name="s", storage=study._storage)
+    begun(1)
+    assert sorted(path.name for path in (reports / "s").iterdir()) == ["earlier", "optuna_studies"]
+    names = {path.name for path in (reports / "s" / "earlier").glob("*/*")}
+    assert names == {"best_ce.json", "optuna_results_detailed.csv", "space.yaml"}
 
 
 def test_a_trial_put_into_the_confirmation_by_hand_is_passed_over(reports):
