@@ -4,8 +4,10 @@ import copy
 import functools
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +17,9 @@ from ctbprn_lib import checkpoint as checkpoints
 from ctbprn_lib.device import PRECISIONS, PeakMemory, captured, precision_context, resolve_device, resolve_precision
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.scoring import cross_entropy, named, route_accuracy, totals
+from ctbprn_lib.tasks import ArrayTask, RoutingTask
 
+Task = RoutingTask | ArrayTask
 SCHEDULES = ("one_cycle", "constant")
 CHECKPOINT_SECONDS = 30  # a training shorter than this is cheaper to repeat than to keep
 
@@ -111,7 +115,7 @@ class Budget:
     clip: float = 1.0  # largest gradient norm of a replica
     precision: str = "auto"  # see resolve_precision
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("n_steps", "n_replicas", "n_evals", "n_validation", "clip"):
             value, kinds = getattr(self, name), (int, float) if name == "clip" else int
             if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
@@ -139,12 +143,12 @@ class Fit:
     peak_mem_mib: float = float("nan")  # CUDA's own figure; on the CPU the process's peak growth
 
     @property
-    def val_ce(self):
+    def val_ce(self) -> np.ndarray:
         """Held-out cross-entropy in nats after the last step."""
         return self.curves["val_ce"][-1]
 
     @property
-    def val_accuracy(self):
+    def val_accuracy(self) -> np.ndarray:
         """Held-out accuracy after the last step."""
         return self.curves["val_accuracy"][-1]
 
@@ -157,7 +161,9 @@ class Training:
     loss_sum (R,) since it was last zeroed, diverged (R,) the step (from 1) of the first loss that was not finite, or 0.
     """
 
-    def __init__(self, shape, task, budget, device, precision):
+    def __init__(
+        self, shape: Hyperparameters, task: Task, budget: Budget, device: torch.device, precision: str
+    ) -> None:
         self.task, self.budget, R = task, budget, budget.n_replicas
         self.autocast, self.memory = precision_context(precision, device), PeakMemory(device)
         self.shape, self.model = shape, _model(shape, task, R, None).to(device)
@@ -179,7 +185,7 @@ class Training:
         self.step, self._replay_scoring = captured(self._step, self.generator), captured(self._score, self.generator)
         self._mib = self.memory.mib() if on_gpu else None  # a replay allocates nothing, so later there is no peak
 
-    def start(self, hyperparameters, seed):
+    def start(self, hyperparameters: Hyperparameters, seed: np.random.SeedSequence) -> None:
         """Begin anew, as untrained begins: initial values, AdamW's moments, rates and random draws."""
         model, generator = untrained(hyperparameters, self.task, self.budget.n_replicas, seed)
         self.generator.manual_seed(generator.initial_seed())
@@ -191,13 +197,13 @@ class Training:
         self.loss_sum.zero_()
         self.rates[: self.budget.n_steps] = rates(self.budget.schedule, hyperparameters.lr, self.budget.n_steps)
 
-    def state(self):
+    def state(self) -> dict[str, torch.Tensor]:
         """{name: CPU tensor} of all that changes from one scoring to the next."""
         tensors = {**self.model.state_dict(), **self._progress(), "draws": self.generator.get_state()}
         return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
     @torch.no_grad()
-    def restore(self, state):
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from a state of a training of the same shape.  Raises InputError if it is of another one."""
         mine = self.state()
         if {n: (t.shape, t.dtype) for n, t in mine.items()} != {n: (t.shape, t.dtype) for n, t in state.items()}:
@@ -212,13 +218,22 @@ class Training:
             f"adamw.{i}.{name}": tensor for i, state in moments for name, tensor in state.items()
         }
 
-    def scores(self):
+    def scores(self) -> dict[str, np.ndarray]:
         """Noise-free validation scores of each replica, as score gives them, and route_accuracy of its best layer."""
         self._replay_scoring()
         scores = named(self.totals, self.shape.n_layers, self.task.n_classes, "validation")
         return scores | route_accuracy(scores, scores)
 
-    def peak_mem_mib(self):
+    def mean_loss(self, n_steps: int) -> np.ndarray:
+        """(R,) mean training loss in nats of the last n_steps; the sum begins anew.
+
+        It reads from the device, so that a clock looked at afterwards is right.
+        """
+        mean = (self.loss_sum / n_steps).double().cpu().numpy()
+        self.loss_sum.zero_()
+        return mean
+
+    def peak_mem_mib(self) -> float:
         """CUDA's own figure; on the CPU the process's peak growth."""
         return self.memory.mib() if self._mib is None else self._mib
 
@@ -257,12 +272,21 @@ def _training(shape, task, budget, device, precision):
     return _captured_once(shape, task, budget, device, precision)
 
 
-def fit(hyperparameters, task, budget=None, seed=0, device="auto", on_eval=None, checkpoint=None):
+def fit(
+    hyperparameters: Hyperparameters,
+    task: Task,
+    budget: Budget | None = None,
+    seed: int | np.random.SeedSequence = 0,
+    device: str = "auto",
+    on_eval: Callable[[Fit], None] | None = None,
+    checkpoint: str | Path | None = None,
+) -> Fit:
     """Train R replicas at once and return their Fit.
 
-    seed: an int or a numpy SeedSequence; initial values, batches and noise of every replica follow from it, so on one
-    CPU the same call gives the same bits. on_eval(fit) is called after each scoring and may raise to stop.
-    checkpoint: a file in which the training is kept after a scoring, at most every CHECKPOINT_SECONDS; the same call
+    seed: initial values, batches and noise of every replica follow from it, so on one CPU the same call gives the same
+    bits.
+    on_eval(fit) is called after each scoring and may raise to stop.
+    checkpoint: a file in which the training is kept after a scoring, at most every CHECKPOINT_SECONDS. The same call
     goes on from there if it was stopped. The caller removes it (checkpoint.remove) when the result is safe.
     A replica whose loss is not finite is recorded in diverged_at and cannot harm its neighbours.
     Raises InputError for values that do not fit the task or the machine.
@@ -270,71 +294,105 @@ def fit(hyperparameters, task, budget=None, seed=0, device="auto", on_eval=None,
     hp, budget = hyperparameters, budget or Budget()
     if hp.seq_len > task.n_tokens:
         raise InputError(f"seq_len must be at most the task's {task.n_tokens} tokens, got {hp.seq_len}")
-    device = resolve_device(device)
-    precision = resolve_precision(budget.precision, device)
-    for _ in task.fixed("validation", budget.n_validation, hp.seq_len, device):
-        pass  # on the device, and kept there, before the memory of this training is measured
-    if device.type == "cuda":
-        task.draw(1, 1, torch.Generator(device), hp.seq_len)
-    training = _training(replace(hp, lr=1.0, temperature=1.0), task, budget, device, precision)
+    place = resolve_device(device)
+    precision = resolve_precision(budget.precision, place)
+    _move_to(place, task, hp, budget)
+    training = _training(replace(hp, lr=1.0, temperature=1.0), task, budget, place, precision)
     root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
     training.start(hp, root)
     n_parameters = sum(p[0].numel() for p in training.parameters)
-    result = Fit(hp, budget, training.model, str(device), precision, n_parameters)
+    result = Fit(hp, budget, training.model, str(place), precision, n_parameters)
     n_evals = min(budget.n_evals, budget.n_steps)
     eval_steps = np.linspace(0, budget.n_steps, n_evals + 1)[1:].astype(int).tolist()
-    of = dict(hyperparameters=hp.identity(), budget=asdict(budget), task=task.description, device=device.type,
-              precision=precision, torch=torch.__version__, seed=[str(root.entropy), *root.spawn_key])  # fmt: skip
-
-    def go_on(state, about):
-        steps, step_time_ms = about["steps"], float(about["step_time_ms"])
-        curves = {name: np.array(rows, dtype=float) for name, rows in about["curves"].items()}
-        shapes = {curve.shape for curve in curves.values()}
-        if steps != eval_steps[: len(steps)] or shapes != {(len(steps), budget.n_replicas)}:
-            raise InputError("its curves are not those of this training")
-        if state["taken"].tolist() != steps[-1:]:
-            raise InputError("its state is not that of its last step")
-        training.restore(state)
-        result.steps, result.curves, result.step_time_ms = steps, curves, step_time_ms
-
+    identity = dict(
+        hyperparameters=hp.identity(), budget=asdict(budget), task=task.description, device=place.type,
+        precision=precision, torch=torch.__version__, seed=[str(root.entropy), *root.spawn_key],
+    )  # fmt: skip
     if checkpoint:
-        checkpoints.read(checkpoint, of, go_on)
+        checkpoints.read(checkpoint, identity, functools.partial(_resume, training, result, eval_steps))
+
     first = result.steps[-1] if result.steps else 0
-    kept = time.monotonic()
-    seconds, start = result.step_time_ms * first / 1000 if first else 0.0, time.perf_counter()
-    for step in _progress(first, budget.n_steps):
+    seconds = result.step_time_ms * first / 1000 if first else 0.0  # of training steps alone
+    saved, started = time.monotonic(), time.perf_counter()
+    remaining = range(first + 1, budget.n_steps + 1)
+    for step in _with_progress_bar(remaining):
         training.step()
-        if step in eval_steps:
-            since = result.steps[-1] if result.steps else 0
-            train_ce = (
-                (training.loss_sum / (step - since)).double().cpu().numpy()
-            )  # reads the device: the clock is true
-            seconds += time.perf_counter() - start
-            training.loss_sum.zero_()
-            result.steps.append(step)
-            result.step_time_ms = 1000 * seconds / step
-            scores = training.scores()
-            worthless = torch.from_numpy(~np.isfinite(scores["val_ce"])).to(device)  # the last update broke it
-            training.diverged.masked_fill_((training.diverged == 0) & worthless, step)
-            for name, value in {"train_ce": train_ce, **scores}.items():
-                value = np.where(training.diverged.cpu().numpy() > 0, np.nan, value)
-                result.curves[name] = np.vstack([*result.curves.get(name, []), value])
-            result.diverged_at = [s or None for s in training.diverged.tolist()]
-            result.samples_seen, result.peak_mem_mib = step * hp.batch_size, training.peak_mem_mib()
-            if on_eval:
-                on_eval(result)
-            if checkpoint and step < budget.n_steps and time.monotonic() - kept >= CHECKPOINT_SECONDS:
-                curves = {name: curve.tolist() for name, curve in result.curves.items()}
-                about = dict(steps=result.steps, curves=curves, step_time_ms=result.step_time_ms)
-                checkpoints.write(checkpoint, training.state(), of, about)
-                kept = time.monotonic()
-            start = time.perf_counter()
-    if device.type == "cuda":
+        if step not in eval_steps:
+            continue
+        train_ce = training.mean_loss(step - (result.steps[-1] if result.steps else 0))
+        seconds += time.perf_counter() - started
+        result.step_time_ms = 1000 * seconds / step
+        _record(training, result, step, train_ce)
+        if on_eval:
+            on_eval(result)
+        if checkpoint and step < budget.n_steps and time.monotonic() - saved >= CHECKPOINT_SECONDS:
+            checkpoints.write(checkpoint, training.state(), identity, _progress(result))
+            saved = time.monotonic()
+        started = time.perf_counter()
+    if place.type == "cuda":
         result.model = copy.deepcopy(training.model)  # the next training of this shape begins in the same place
     return result
 
 
-def untrained(hyperparameters, task, n_replicas, seed=0, device="cpu"):
+def _with_progress_bar(steps):
+    """The steps behind a progress bar on stderr, where tqdm is installed; it leaves nothing behind."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return steps
+    return tqdm(steps, "training", leave=False, delay=2, mininterval=2, unit="step")
+
+
+def _move_to(device, task, hp, budget):
+    """Put the validation samples on the device, where they stay, before the memory of a training is measured."""
+    for _ in task.fixed("validation", budget.n_validation, hp.seq_len, device):
+        pass
+    if device.type == "cuda":
+        task.draw(1, 1, torch.Generator(device), hp.seq_len)
+
+
+def _record(training, result, step, train_ce):
+    """Score the training after a step, and add that to the result."""
+    scores = training.scores()
+    worthless = torch.from_numpy(~np.isfinite(scores["val_ce"])).to(
+        training.diverged.device
+    )  # the last update broke it
+    training.diverged.masked_fill_((training.diverged == 0) & worthless, step)
+    lost = training.diverged.cpu().numpy() > 0
+    for name, values in {"train_ce": train_ce, **scores}.items():
+        result.curves[name] = np.vstack([*result.curves.get(name, []), np.where(lost, np.nan, values)])
+    result.steps.append(step)
+    result.diverged_at = [at or None for at in training.diverged.tolist()]
+    result.samples_seen = step * result.hyperparameters.batch_size
+    result.peak_mem_mib = training.peak_mem_mib()
+
+
+def _progress(result):
+    """How far a training has come, as a checkpoint keeps it beside its state."""
+    curves = {name: curve.tolist() for name, curve in result.curves.items()}
+    return dict(steps=result.steps, curves=curves, step_time_ms=result.step_time_ms)
+
+
+def _resume(training, result, eval_steps, state, progress):
+    """Set a training and its result to what a checkpoint holds.  Raises InputError if that does not fit."""
+    steps, step_time_ms = progress["steps"], float(progress["step_time_ms"])
+    curves = {name: np.array(rows, dtype=float) for name, rows in progress["curves"].items()}
+    shapes = {curve.shape for curve in curves.values()}
+    if steps != eval_steps[: len(steps)] or shapes != {(len(steps), result.budget.n_replicas)}:
+        raise InputError("its curves are not those of this training")
+    if state["taken"].tolist() != steps[-1:]:
+        raise InputError("its state is not that of its last step")
+    training.restore(state)
+    result.steps, result.curves, result.step_time_ms = steps, curves, step_time_ms
+
+
+def untrained(
+    hyperparameters: Hyperparameters,
+    task: Task,
+    n_replicas: int,
+    seed: int | np.random.SeedSequence = 0,
+    device: str | torch.device = "cpu",
+) -> tuple[CTBPRN, torch.Generator]:
     """The untrained model that fit begins with, and the generator that its batches and noise come from."""
     root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
     init, stream = (int(s) for s in root.generate_state(2, np.uint64))
@@ -348,7 +406,7 @@ def _model(hp, task, n_replicas, seed):
     return CTBPRN(*sizes, hp.temperature, n_replicas, seed=seed)
 
 
-def rates(schedule, lr, n_steps):
+def rates(schedule: str, lr: float, n_steps: int) -> torch.Tensor:
     """(n_steps,) the learning rate of each step."""
     if schedule == "constant":
         return torch.full((n_steps,), lr)
@@ -361,25 +419,15 @@ def rates(schedule, lr, n_steps):
     return torch.tensor([*values, cycle.get_last_lr()[0]])
 
 
-def gumbel_noise(shape, generator):
+def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """-log(E), E ~ Exp(1), as -log(-log(u)): several times faster than drawing E on a CPU."""
     u = torch.rand(shape, generator=generator, device=generator.device)
     return u.clamp_(min=1e-20).log_().neg_().log_().neg_()
 
 
-def clip_gradients(parameters, largest):
+def clip_gradients(parameters: list[torch.nn.Parameter], largest: float) -> None:
     """Scale each replica's gradient, over all parameters, to a norm of at most largest."""
     norms = torch.stack([torch.linalg.vector_norm(p.grad.flatten(1), dim=1) for p in parameters])
     factor = (largest / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1)  # (R,)
     for p in parameters:
         p.grad.mul_(factor.view(-1, *[1] * (p.ndim - 1)))
-
-
-def _progress(done, n_steps):
-    """Steps done + 1..n_steps behind a progress bar on stderr, where tqdm is installed; it leaves nothing behind."""
-    steps = range(done + 1, n_steps + 1)
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return steps
-    return tqdm(steps, "training", leave=False, delay=2, mininterval=2, unit="step")
