@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import signal
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,8 @@ from ctbprn_lib import InputError, evidence, files, published, search, storage
 from ctbprn_lib.device import out_of_memory, precision_context, resolve_device, resolve_precision
 from ctbprn_lib.model import CTBPRN, Classifier
 from ctbprn_lib.scoring import route_accuracy, score
-from ctbprn_lib.train import TABLE, Budget, Hyperparameters, fit
+from ctbprn_lib.search import Space
+from ctbprn_lib.train import TABLE, Budget, Hyperparameters, Task, fit
 
 # First spawn keys of the seeds: none has been used for tuning, and the best of the confirmed is measured afresh when it
 # is ablated, or every comparison with it would start from its luck.
@@ -46,7 +48,7 @@ class Run:
     level: float = math.nan
 
 
-def candidates(trials, task, n_steps, n_top=3):
+def candidates(trials: pd.DataFrame, task: Task, n_steps: int, n_top: int = 3) -> list[Run]:
     """The n_top trials by accuracy and by CE, the published trials 1 and 2, and the defaults, as Runs.
 
     trials: search.records; sequence lengths stop at the task's tokens.  Raises InputError if no trial is complete.
@@ -63,7 +65,7 @@ def candidates(trials, task, n_steps, n_top=3):
     return [Run(role, hp, n_steps) for role, hp in fit_in.items()]
 
 
-def ablations(best, space, task):
+def ablations(best: Run, space: Space, task: Task) -> list[Run]:
     """Each hyperparameter of the Run best through its levels, all else equal; then batch sizes at equal samples, and
     shorter and longer training."""
     hp, runs = best.hyperparameters, []
@@ -78,14 +80,14 @@ def ablations(best, space, task):
     return runs
 
 
-def sequence_lengths(base, task):
+def sequence_lengths(base: Run, task: Task) -> list[Run]:
     """The Run base at each sequence length."""
     hp = base.hyperparameters
     lengths = levels("seq_len", [hp.seq_len], hp.seq_len, task)
     return [Run("", replace(hp, seq_len=T), base.n_steps, base.role, "seq_len", T) for T in lengths]
 
 
-def levels(name, entry, best, task):
+def levels(name: str, entry: list | dict, best: float, task: Task) -> list[float]:
     """At least four values of a hyperparameter, in order: best, what the space names, and what its ladder adds.
 
     These are the ladder's levels inside the space, the next size above it, and one past an end where the best lies.
@@ -138,7 +140,7 @@ class Confirmation:
         self.study.set_user_attr("of", study.user_attrs.get("id"))
         self.weights = storage.REPORTS.parent / "runs" / "weights"
 
-    def train(self, runs, on_done=None):
+    def train(self, runs: Iterable[Run], on_done: Callable[[dict, int, int], None] | None = None) -> dict[str, dict]:
         """Train what is not there yet; on a CPU one single-threaded process for each of torch's threads.
 
         on_done(record, done, total) is called after each.  Returns {key: record} of all runs.
@@ -157,7 +159,7 @@ class Confirmation:
                 on_done(record, len(kept), len(wanted))
         return kept
 
-    def key(self, run):
+    def key(self, run: Run) -> str:
         """What makes two runs the same, as a hash."""
         budget = asdict(replace(self.budget, n_steps=run.n_steps))
         same = [run.hyperparameters.identity(), budget, self.seed, self.n_test, self.task.description]
@@ -165,14 +167,16 @@ class Confirmation:
         same += ["ablation"] if run.base else []
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
-    def write_plan(self, runs, n_top, baselines, largest_batch):
+    def write_plan(
+        self, runs: Iterable[Run], n_top: int, baselines: dict[str, float], largest_batch: dict | None
+    ) -> None:
         """Keep which runs answer which question, so that the report needs nothing but the database."""
         plan = [asdict(run) | {"key": self.key(run)} for run in runs]
         self.study.set_user_attr("plan", json.loads(json.dumps(plan)))
         about = dict(n_seeds=self.budget.n_replicas, n_test=self.n_test, n_top=n_top, seed=self.seed)
         self.study.set_user_attr("about", about | dict(baselines=baselines, largest_batch=largest_batch))
 
-    def save_best(self, runs, records):
+    def save_best(self, runs: list[Run], records: dict[str, dict]) -> dict[str, Run]:
         """Write best_accuracy and best_ce (.json and .safetensors) of the confirmed runs to the study's folder.
 
         The weights are those of the seed with the lowest validation CE.  Returns {file name: Run}.
@@ -257,7 +261,7 @@ def of_deleted(study: optuna.Study) -> bool:
     return any("key" in trial.user_attrs for trial in found.get_trials(deepcopy=False))
 
 
-def records(name, storage=""):
+def records(name: str, storage: str = "") -> tuple[pd.DataFrame, dict] | tuple[None, None]:
     """What confirm.ipynb recorded of a study: (one row for each run's role and seed, about), or (None, None).
 
     Columns: role, base, factor, level, the hyperparameters, n_steps, seed, test_accuracy, test_ce, val_accuracy, val_ce
@@ -329,7 +333,7 @@ def _train(task, run, budget, n_test, seed, device, weights=None):
     return record
 
 
-def pool(workers, threads=1):
+def pool(workers: int, threads: int = 1) -> ProcessPoolExecutor:
     """Processes that start afresh: a fork of a process with threads can hang."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=(threads,))

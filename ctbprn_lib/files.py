@@ -4,6 +4,8 @@ our own: written whole, and known again by their SHA-256.
 What is returned is plain (arrays, series, cells, values); whether it makes sense is checked where it is used.
 """
 
+from __future__ import annotations
+
 import csv
 import hashlib
 import math
@@ -11,24 +13,30 @@ import os
 import shlex
 import warnings
 import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from ctbprn_lib import InputError
 
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
 SMALL, GROWTH = 2**24, 100  # bytes that any file may unpack to, and how many times its own size a larger one may
 LONGEST_YAML, DEEPEST_YAML = 10_000, 10  # characters, collections in collections
 
 
-def too_large(n_bytes, of):
+def too_large(n_bytes: float, of: float) -> bool:
     """Whether something made from of bytes may not take n_bytes: a small file must not fill the memory."""
     return n_bytes > max(SMALL, GROWTH * of)
 
 
 @contextmanager
-def whole(path):
+def whole(path: str | Path) -> Iterator[Path]:
     """Yields a path to write to; the file takes the place of path when all of it is there, and is gone if it fails."""
     path = Path(path)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
@@ -39,7 +47,7 @@ def whole(path):
         new.unlink(missing_ok=True)
 
 
-def write_tensors(path, tensors, text):
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], text: str) -> None:
     """Write {name: CPU tensor} and a text to a safetensors file that tensors reads; whole, or not at all."""
     from safetensors.torch import save
 
@@ -51,7 +59,7 @@ def write_tensors(path, tensors, text):
         os.fsync(file.fileno())
 
 
-def tensors(path):
+def tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], str]:
     """({name: CPU tensor}, text) of a file of write_tensors; none of the values has been looked at."""
     from safetensors import SafetensorError, safe_open
 
@@ -69,7 +77,7 @@ def tensors(path):
     return found, metadata["ctbprn"]
 
 
-def digest(tensors, text):
+def digest(tensors: dict[str, torch.Tensor], text: str) -> str:
     """SHA-256 of names, shapes, kinds and values of {name: CPU tensor}, and of text."""
     import torch
 
@@ -81,7 +89,7 @@ def digest(tensors, text):
     return sha.hexdigest()
 
 
-def npz(path, required, optional=()):
+def npz(path: str | Path, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """{name: array} of a .npz file that holds the arrays required and any of the optional ones."""
     path = _file(path)
     with _reading(path, "a readable .npz of plain arrays"), zipfile.ZipFile(path) as archive:
@@ -118,7 +126,7 @@ def _array(path, archive, member):
     return array
 
 
-def ts(path):
+def ts(path: str | Path) -> tuple[list[np.ndarray], list[str]]:
     """(series, labels) of a .ts file of the UEA archive: (T,F) arrays of equal F, and as many texts.
 
     Labels are what stands in the file, letter by letter.  Raises InputError for time stamps, for regression targets,
@@ -129,7 +137,7 @@ def ts(path):
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     header, start = _ts_header(path, lines)
 
-    def refuse(n, text):
+    def refuse(n: int, text: str) -> NoReturn:
         raise InputError(f"{path}: line {n}: {text}")
 
     declared = header["classlabel"][1:]
@@ -199,7 +207,7 @@ def _ts_value(cell):
     return math.nan if cell.strip() == "?" else float(cell)
 
 
-def mapping(path, expected):
+def mapping(path: str | Path, expected: str) -> dict[str, Any]:
     """{name: value} of a YAML file of plain values: no tags, no aliases, LONGEST_YAML characters at most.
 
     expected: what the names and values are, for the message where they are not there.
@@ -221,7 +229,7 @@ def mapping(path, expected):
     return given
 
 
-def table(path, text=(), numbers=None):
+def table(path: str | Path, text: Sequence[str] = (), numbers: Mapping[str, float] | None = None) -> pd.DataFrame:
     """A DataFrame of a CSV file with a header: the columns text as they are, then numbers.
 
     numbers: {column: largest value}, each cell empty (NaN) or a number from 0 on; None: every other column, any number.
@@ -257,12 +265,12 @@ def _numbers(path, name, cells, largest):
     return values.astype(np.int64) if whole else values
 
 
-def printable(text):
+def printable(text: object) -> str:
     """Text from outside on one line, with a sign in the place of control and bidirectional characters."""
     return "".join(c if c.isprintable() else "�" for c in str(text))
 
 
-def word(text):
+def word(text: object) -> str:
     """Text from outside as one word of a command on one line, so that it can end neither the word nor a code fence."""
     return shlex.quote(printable(text))
 

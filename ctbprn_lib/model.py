@@ -6,9 +6,9 @@ T tokens, F input features, d width, r router rank, L layers, C classes.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class Layer(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     @staticmethod
-    def shapes(R, K, d, r):
+    def shapes(R: int, K: int, d: int, r: int) -> dict[str, tuple[int, ...]]:
         """{parameter: shape}."""
         return {
             "W_b": (R, K, d, d), "W_a": (R, K, d, d), "W_g": (R, K, d, 2 * d), "beta": (R, K, d),
@@ -65,7 +65,9 @@ class Layer(nn.Module):
             "H1": (R, 2 * d, K * d), "b1": (R, 2 * d), "H2": (R, K, 2 * d), "b2": (R, K),
         }  # fmt: skip
 
-    def forward(self, x, mask, temperature, gumbel):
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None, temperature: torch.Tensor, gumbel: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """x (R,K,B,T,d), mask (R,B,T), True where a token exists, or None, gumbel (R,B,K) or None.
 
         Returns the new x and the route logits (R,B,K).
@@ -143,7 +145,9 @@ class CTBPRN(nn.Module):
                 torch.manual_seed(s)
                 self._set_replica(r, draw_initial_values(self.config))
 
-    def forward(self, x, gumbel=None, mask=None):
+    def forward(
+        self, x: torch.Tensor, gumbel: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Class logits and route logits.
 
         x (R,B,K,T,F) (a view of (R,K,B,T,F) memory saves a copy); gumbel (R,L,B,K), or None for the noise-free gate;
@@ -165,7 +169,7 @@ class CTBPRN(nn.Module):
         return _linear(self.head_weight, f, self.head_c), torch.stack(routes, 1)
 
     @classmethod
-    def from_reference(cls, params, temperature):
+    def from_reference(cls, params: Mapping[str, np.ndarray | torch.Tensor], temperature: float) -> "CTBPRN":
         """One replica without a stem from arrays under the original's names, with or without "param." before them."""
         prefix = "param." if any(name.startswith("param.") for name in params) else ""
         params = {n.removeprefix(prefix): torch.as_tensor(a) for n, a in params.items() if n.startswith(prefix)}
@@ -175,7 +179,7 @@ class CTBPRN(nn.Module):
         model._set_replica(0, params)
         return model
 
-    def reference_names(self):
+    def reference_names(self) -> Iterator[tuple[str, tuple[str, Any]]]:
         """Pairs (the original's name, place): place is (parameter name, index behind the replica axis)."""
         column = {"W_b": "W_b.weight", "W_a": "W_a.weight", "W_g": "W_g.weight", "beta": "W_g.bias",
                   "W_m1": "W_m1.weight", "W_m2": "W_m2.weight",
@@ -202,28 +206,28 @@ class CTBPRN(nn.Module):
             self.get_parameter(ours)[r][index].copy_(values[theirs])
 
     @torch.no_grad()
-    def replica(self, r):
+    def replica(self, r: int) -> "CTBPRN":
         """Replica r as a network of its own (R = 1)."""
         alone = CTBPRN(**self.config | {"n_replicas": 1}, seed=None)
         for ours, theirs in zip(alone.state_dict().values(), self.state_dict().values(), strict=True):
             ours.copy_(theirs[r : r + 1])
         return alone
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Write weights and configuration, with a SHA-256 of both, to a safetensors file."""
         state = {name: value.detach().cpu() for name, value in self.state_dict().items()}
         files.write_tensors(path, state, json.dumps(self.config))
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> "CTBPRN":
         """Read a network that save, or a Classifier, wrote.  Raises InputError: the file and what is wrong with it."""
         state, config = files.tensors(path)
         return cls._of(path, {k: v for k, v in state.items() if k not in Classifier.TENSORS}, config)
 
     @classmethod
     def _of(cls, path, state, config):
-        def refuse(what):
-            raise InputError(f"{path}: {what}")
+        def refuse(text: str) -> NoReturn:
+            raise InputError(f"{path}: {text}")
 
         if any(value.dtype != torch.float32 for value in state.values()):
             refuse("the weights must be float32")
@@ -353,7 +357,7 @@ def _shapes(n_features, d, rank, n_areas, n_layers, n_classes, n_replicas, stem)
     return shapes | {f"layers.{i}.{name}": shape for i in range(n_layers) for name, shape in layer.items()}
 
 
-def draw_initial_values(config):
+def draw_initial_values(config: dict[str, int]) -> dict[str, torch.Tensor]:
     """One replica's initial values under the original's names, from torch's CPU state, in MODEL section 2's order.
 
     The stem, which the original has not, is semi-orthogonal (Saxe et al., 2014): the first layer sees the input's
@@ -362,10 +366,10 @@ def draw_initial_values(config):
     K, d, r = config["n_areas"], config["d"], config["rank"]
     values = {}
 
-    def linear(name, n_in, n_out, bias=True):
+    def linear(name: str, n_in: int, n_out: int, bias: bool = True) -> None:
         values.update({f"{name}.{key}": value for key, value in nn.Linear(n_in, n_out, bias=bias).state_dict().items()})
 
-    def norm(name, size):
+    def norm(name: str, size: int) -> None:
         values.update({f"{name}.weight": torch.ones(size), f"{name}.bias": torch.zeros(size)})
 
     for i in range(config["n_layers"]):

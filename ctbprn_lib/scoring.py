@@ -34,7 +34,14 @@ def score(
 
 
 @torch.no_grad()
-def totals(model, task, split, n_samples, seq_len, autocast):
+def totals(
+    model: CTBPRN,
+    task: RoutingTask | ArrayTask,
+    split: str,
+    n_samples: int | None,
+    seq_len: int | None,
+    autocast: Callable[[], AbstractContextManager],
+) -> torch.Tensor:
     """(2 + L + 2 C, R) sums over the samples, on the model's device: nats, hits, hits of the true area by each layer
     (NaN if unknown), hits in each class, and samples of each class.
 
@@ -63,7 +70,7 @@ def totals(model, task, split, n_samples, seq_len, autocast):
     return sums
 
 
-def named(sums, n_layers, n_classes, split):
+def named(sums: torch.Tensor, n_layers: int, n_classes: int, split: str) -> dict[str, np.ndarray]:
     """{name of score: (R,)} from totals and the split they are of."""
     sums = sums.cpu().numpy()
     nats, hits, routed = sums[0], sums[1], sums[2 : 2 + n_layers]

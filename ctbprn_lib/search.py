@@ -13,8 +13,10 @@ import re
 import subprocess
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import optuna
@@ -26,9 +28,10 @@ from ctbprn_lib import InputError, __version__, checkpoint, files, storage, work
 from ctbprn_lib.device import device_name, out_of_memory
 from ctbprn_lib.evidence import mean_interval
 from ctbprn_lib.storage import connect, locked, sqlite_file, storage_url, study_folder
-from ctbprn_lib.train import KINDS, TABLE, Hyperparameters, fit
+from ctbprn_lib.train import KINDS, TABLE, Budget, Fit, Hyperparameters, Task, fit
 from ctbprn_lib.workers import FINISHED
 
+Space = dict[str, list | dict]  # {hyperparameter: levels, or low, high and log}
 OBJECTIVES = {"val_ce": ["minimize"], "val_accuracy": ["maximize"], "both": ["minimize", "maximize"]}
 SAMPLERS = {
     "tpe": optuna.samplers.TPESampler,
@@ -49,7 +52,7 @@ SCORES = ("val_accuracy", "val_ce", "val_balanced_accuracy")
 HYPERPARAMETERS = list(TABLE)
 
 
-def default_space(task):
+def default_space(task: Task) -> Space:
     """The published space; seq_len is a quarter, half and all of the task's tokens (32, 64, 128 there)."""
     return {
         "lr": {"low": 1e-4, "high": 1e-2, "log": True},
@@ -61,7 +64,7 @@ def default_space(task):
     }
 
 
-def load_space(path, task):
+def load_space(path: str | Path, task: Task) -> Space:
     """A space from a YAML file over the default one: {name: [levels]}, {name: {low, high, log}} or {name: value}.
 
     Raises InputError that names the file, the hyperparameter and what was expected.
@@ -70,8 +73,8 @@ def load_space(path, task):
     space = default_space(task)
     for name, entry in given.items():
 
-        def refuse(what, name=name):
-            raise InputError(f"{path}: {str(name)[:80]}: {what}")
+        def refuse(text: str, name: str = name) -> NoReturn:
+            raise InputError(f"{path}: {str(name)[:80]}: {text}")
 
         if name not in HYPERPARAMETERS:
             refuse(f"not a hyperparameter; they are {', '.join(HYPERPARAMETERS)}")
@@ -110,7 +113,7 @@ def _number(value):
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
 
 
-def suggest(trial, space):
+def suggest(trial: optuna.Trial, space: Space) -> Hyperparameters:
     """Hyperparameters for one trial."""
     values = {}
     for name, entry in space.items():
@@ -123,7 +126,7 @@ def suggest(trial, space):
     return Hyperparameters(**values)
 
 
-def edge(entry, best):
+def edge(entry: list | dict, best: float) -> str:
     """ "lower" or "upper" if best lies in the outer twentieth of a range, or on the first or last of several levels."""
     if isinstance(entry, list):
         ends = (min(entry), max(entry)) if len(entry) > 1 else ()
@@ -133,13 +136,24 @@ def edge(entry, best):
     return "lower" if at < 0.05 else "upper" if at > 0.95 else ""
 
 
-def study_name_for(task):
+def study_name_for(task: Task) -> str:
     """A study name made from the task's: "uea:BasicMotions" gives uea-BasicMotions."""
     name = re.sub(r"\.npz$", "", task.description["task"], flags=re.IGNORECASE)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:64] or "study"
 
 
-def open_study(name, storage="", *, task, space, budget, objective="val_ce", sampler="tpe", pruner="median", seed=0):
+def open_study(
+    name: str,
+    storage: str = "",
+    *,
+    task: Task,
+    space: Space,
+    budget: Budget,
+    objective: str = "val_ce",
+    sampler: str = "tpe",
+    pruner: str = "median",
+    seed: int = 0,
+) -> workers.Study:
     """Create the study, or load it to go on.
 
     Raises InputError where the study in the storage asked another question (task, space, budget or objective), and
@@ -219,7 +233,7 @@ def _outside(space, values):
     return ""
 
 
-def load_study(name, storage=""):
+def load_study(name: str, storage: str = "") -> workers.Study:
     """The study to read from.  Raises InputError if it is not there, or not one that open_study made."""
     url = storage_url(name, storage)
     place = sqlite_file(url)
@@ -234,7 +248,17 @@ def load_study(name, storage=""):
     return study
 
 
-def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", on_trial=None):
+def run_trials(
+    study: workers.Study,
+    n_trials: int,
+    *,
+    task: Task,
+    space: Space,
+    budget: Budget,
+    seed: int = 0,
+    device: str = "auto",
+    on_trial: Callable[[workers.Study, optuna.trial.FrozenTrial, int], None] | None = None,
+) -> None:
     """Run trials until the study has n_trials finished ones (complete or pruned), whoever ran them.
 
     on_trial(study, trial, n_finished) is called after each trial.  Ctrl-C and SIGTERM leave the trial that runs to be
@@ -244,7 +268,7 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
     """
     origin, n_failed = provenance(), 0
 
-    def objective(trial):
+    def objective(trial: optuna.Trial) -> float | tuple[float, float]:
         try:
             hp = suggest(trial, space)
             trial.suggest_float(PLACEBO, 0.0, 1.0)
@@ -255,7 +279,7 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
             ) from None
         started, told = time.perf_counter(), 0
 
-        def on_eval(result):
+        def on_eval(result: Fit) -> None:
             nonlocal told
             if all(result.diverged_at):
                 first = min(result.diverged_at)
@@ -296,13 +320,13 @@ def run_trials(study, n_trials, *, task, space, budget, seed=0, device="auto", o
             on_trial(study, trial, len(study.get_trials(deepcopy=False, states=FINISHED)))
 
 
-def checkpoint_of(study, trial):
+def checkpoint_of(study: optuna.Study, trial: optuna.Trial | optuna.trial.FrozenTrial) -> Path:
     """The file in which a trial is kept while it runs, and from which its next try goes on."""
     name = f"{study_folder(study.study_name).name}-{workers.first_try(trial)}.safetensors"
     return storage.REPORTS.parent / "runs" / "checkpoints" / name
 
 
-def scores(result, at=-1):
+def scores(result: Fit, at: int = -1) -> dict[str, float]:
     """Mean held-out scores (SCORES) of a Fit at one of its scorings, the last if not said.
 
     A diverged replica counts as knowing nothing: ln C nats and 1/C.
@@ -311,13 +335,13 @@ def scores(result, at=-1):
     return {k: float(or_chance(k, result.curves[k][at], C).mean()) for k in SCORES}
 
 
-def or_chance(name, values, n_classes):
+def or_chance(name: str, values: Sequence[float | None] | np.ndarray, n_classes: int) -> np.ndarray:
     """(R,) scores, with what knowing nothing gives where a replica diverged (NaN or None)."""
     values = np.array(values, dtype=float)
     return np.where(np.isfinite(values), values, math.log(n_classes) if name.endswith("_ce") else 1 / n_classes)
 
 
-def trial_record(result):
+def trial_record(result: Fit) -> dict[str, Any]:
     """What the database keeps of a Fit: plain JSON values."""
     curves = {name: [[None if math.isnan(v) else round(float(v), 6) for v in row] for row in rows]
               for name, rows in result.curves.items()}  # fmt: skip
@@ -335,7 +359,7 @@ def trial_record(result):
     )
 
 
-def records(study):
+def records(study: workers.Study) -> pd.DataFrame:
     """One row a trial, in the order of their numbers.  Raises InputError if there is none.
 
     Columns: trial, state, each of SCORES with _low and _high (95 % t interval over replicas), the space's
@@ -374,20 +398,20 @@ def records(study):
     return table[recorded]
 
 
-def by_layer(scores):
+def by_layer(scores: dict) -> dict:
     """A record's scores with route_accuracy_1 to _L: records of before gave that of the last layer alone, nameless."""
     if "route_accuracy" not in scores or "route_accuracy_1" in scores:
         return scores
     return {k: v for k, v in scores.items() if k != "route_accuracy"}
 
 
-def hyperparameters(row):
+def hyperparameters(row: pd.Series) -> Hyperparameters:
     """The Hyperparameters of a row of records."""
     known = {name: row[name] for name in HYPERPARAMETERS if name in row and not math.isnan(row[name])}
     return Hyperparameters(**{name: KINDS[name](value) for name, value in known.items()})
 
 
-def commit():
+def commit() -> str:
     """The commit of the code that runs, with -dirty if the library or notebooks differ from it.
 
     It is "unknown" unless the project's own folder is the top of a git checkout: a copy of the project may lie inside
@@ -396,8 +420,8 @@ def commit():
     project = Path(__file__).resolve().parent.parent
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
-    def git(*words):
-        done = subprocess.run(("git", *words), cwd=project, env=environment, capture_output=True, check=True)
+    def git(*args: str) -> str:
+        done = subprocess.run(("git", *args), cwd=project, env=environment, capture_output=True, check=True)
         return os.fsdecode(done.stdout)
 
     try:
@@ -409,7 +433,7 @@ def commit():
         return "unknown"
 
 
-def provenance():
+def provenance() -> dict[str, str]:
     """Versions and commit of what runs."""
     return dict(ctbprn=__version__, torch=torch.__version__, optuna=optuna.__version__,
                 python=platform.python_version(), commit=commit())  # fmt: skip

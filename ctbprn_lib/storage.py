@@ -9,6 +9,7 @@ import re
 import sqlite3
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class StorageError(InputError):
     """The database cannot be used: the message names its file, or its server and name, and says why."""
 
 
-def study_folder(name):
+def study_folder(name: str) -> Path:
     """reports/<name>; the name is confined to letters, digits, dot, dash and underscore."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise InputError(
@@ -46,7 +47,7 @@ def study_folder(name):
     return REPORTS / name
 
 
-def storage_url(name, storage=""):
+def storage_url(name: str, storage: str = "") -> str:
     """Where a study is kept: storage, else the variable CTBPRN_STORAGE, else SQLite in the study's own folder.
 
     A SQLite file without a whole path lies in the project, whatever folder a notebook runs in.
@@ -158,7 +159,7 @@ class Storage(RDBStorage):
         super().__init__(plain, how, skip_table_creation=reading)
         self.grace_period, self.heartbeat_interval = GRACE, 1  # (the interval is not used, but must be one)
 
-    def get_heartbeat_interval(self):
+    def get_heartbeat_interval(self) -> None:
         return None  # or study.ask would warn that the signs of life are not study.optimize's; workers.py gives them
 
 
@@ -184,7 +185,7 @@ for _name, _method in vars(RDBStorage).items():
         setattr(Storage, _name, _patient(_method))
 
 
-def connect(url, reading=False):
+def connect(url: str, reading: bool = False) -> Storage:
     """The Storage at url; one worker at a time makes its file and tables, and a reader waits for it.
 
     A SQLite file whose folder cannot be written to can be read.
@@ -204,7 +205,7 @@ def connect(url, reading=False):
 
 
 @contextmanager
-def locked(url):
+def locked(url: str) -> Iterator[Callable[[], bool]]:
     """Keep all other workers out of the database at url; yields a function that says whether they still are.
 
     It is a lock on a file beside a SQLite file, and an advisory lock in PostgreSQL, which is lost with its connection.
@@ -261,7 +262,7 @@ def _answers(connection):
     return True
 
 
-def beside(study, name):
+def beside(study: optuna.Study, name: str) -> optuna.Study:
     """The study of that name in the same database; made if it is not there."""
     with locked(study._storage._backend.url):
         return optuna.create_study(study_name=name, storage=study._storage, load_if_exists=True)

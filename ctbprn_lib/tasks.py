@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -68,7 +68,7 @@ class RoutingTask:
         """What another process needs; it draws the validation set itself."""
         return self.__dict__ | {"_kept": {}}
 
-    def draw(self, n_replicas, batch_size, generator, seq_len=None):
+    def draw(self, n_replicas: int, batch_size: int, generator: torch.Generator, seq_len: int | None = None) -> Batch:
         """A fresh training batch for each replica, on the generator's device; only seq_len tokens are drawn."""
         seq_len = seq_len or self.n_tokens
         R, K, B, T, F, q = n_replicas, self.n_areas, batch_size, seq_len, self.n_features, self.n_biased
@@ -85,7 +85,9 @@ class RoutingTask:
             total = total + unseen * v.sum((1, 3, 4)) + rest
         return Batch(x.transpose(1, 2), (total > 0).long(), None, area)
 
-    def fixed(self, split, n_samples, seq_len=None, device="cpu"):
+    def fixed(
+        self, split: str, n_samples: int, seq_len: int | None = None, device: str | torch.device = "cpu"
+    ) -> Iterator[Batch]:
         """Yield the first n_samples of the validation or test set as batches with R = 1.
 
         Chunk i is drawn on the CPU from a seed made of the split and i, so the set is the same on every machine, for
@@ -101,7 +103,7 @@ class RoutingTask:
                     self._kept[split, i, device] = batch
             yield _map(_first_tokens(batch, seq_len), lambda t: t[:, : n_samples - i * CHUNK])  # noqa: B023
 
-    def baselines(self, n_samples=8192):
+    def baselines(self, n_samples: int = 8192) -> dict[str, float]:
         """Test accuracy of rules that are not learnt.
 
         The majority class; the sign of the sum over both areas; the ceiling: the area first, then its sign.
@@ -272,14 +274,16 @@ class ArrayTask:
         for name, part in self._parts.items():
             self._parts[name] = tuple(None if a is None else torch.from_numpy(a) for a in part)
 
-    def draw(self, n_replicas, batch_size, generator, seq_len=None):
+    def draw(self, n_replicas: int, batch_size: int, generator: torch.Generator, seq_len: int | None = None) -> Batch:
         """A training batch for each replica, drawn with replacement, on the generator's device."""
         x, y, mask = self._on("train", generator.device)
         n = torch.randint(0, len(y), (n_replicas, batch_size), generator=generator, device=generator.device)
         batch = Batch(x[:, n].permute(1, 2, 0, 3, 4), y[n], None if mask is None else mask[n])
         return _first_tokens(batch, seq_len)
 
-    def fixed(self, split, n_samples=None, seq_len=None, device="cpu"):
+    def fixed(
+        self, split: str, n_samples: int | None = None, seq_len: int | None = None, device: str | torch.device = "cpu"
+    ) -> Iterator[Batch]:
         """Yield all validation or test samples as batches with R = 1.
 
         n_samples, which a task that makes its own samples obeys, is not used: the first recordings of a file may be of
@@ -421,7 +425,13 @@ def _area_names(x, areas, refuse):
     return names, columns
 
 
-def refuse_missing(x, mask, names, columns, refuse):
+def refuse_missing(
+    x: np.ndarray,
+    mask: np.ndarray,
+    names: Sequence[str],
+    columns: tuple[tuple[int, ...], ...] | None,
+    refuse: Callable[[str], NoReturn],
+) -> None:
     """Refuse values that are missing or infinite, with their number and the place of the first."""
     places = []
     for k, part in enumerate(_areas(x, columns)):

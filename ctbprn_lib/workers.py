@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -66,7 +66,9 @@ class TrialFailed(Exception):
     """A trial that gives no score; the reason is kept with the trial."""
 
 
-def run(study, n_trials, objective):
+def run(
+    study: Study, n_trials: int, objective: Callable[[optuna.Trial], float | tuple[float, ...]]
+) -> Iterator[optuna.trial.FrozenTrial]:
     """Run objective(trial) until n_trials are finished (complete or pruned), whoever ran them; yields each one it ran.
 
     objective returns the trial's values, or raises TrialPruned, or TrialFailed with the reason. Ctrl-C and SIGTERM end
@@ -95,7 +97,7 @@ def run(study, n_trials, objective):
                 yield kept
 
 
-def begin(study, n_trials):
+def begin(study: Study, n_trials: int) -> optuna.Trial | None:
     """The next trial to run, or None when n_trials are finished (complete or pruned), whoever ran them.
 
     Trials that run count too, so the total is exact: where they suffice, this waits until they are finished or one of
@@ -169,19 +171,21 @@ def _care_for_the_lost(study, n_trials):
     return [trial.state for trial in study.get_trials(deepcopy=False)]
 
 
-def first_try(trial):
+def first_try(trial: optuna.Trial | optuna.trial.FrozenTrial) -> int:
     """The number of the trial that this one tries again, or its own: a try has the seeds of the first."""
     return trial.user_attrs.get("retry_of", trial.number)
 
 
-def fail(study, trial, why=LOST):
+def fail(study: Study, trial: optuna.Trial | optuna.trial.FrozenTrial, why: str = LOST) -> None:
     """Fail a trial and keep why; one that was LOST is tried again with the same hyperparameters."""
     with suppress(UpdateFinishedTrialError):  # by another, just now
         study._storage.set_trial_user_attr(trial._trial_id, "failure", why)
         study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
-def finish(study, trial, state, values=None, why=""):
+def finish(
+    study: Study, trial: optuna.Trial, state: TrialState, values: float | Sequence[float] | None = None, why: str = ""
+) -> optuna.trial.FrozenTrial | None:
     """Put the outcome of a trial into the database.  Returns the trial kept there, None if it had been given up."""
     with suppress(UpdateFinishedTrialError):  # by another; or by the first attempt, whose acknowledgement was lost
         if why:
@@ -192,11 +196,11 @@ def finish(study, trial, state, values=None, why=""):
 
 
 @contextmanager
-def alive(study, trial):
+def alive(study: Study, trial: optuna.Trial) -> Iterator[None]:
     """Tell the database every HEARTBEAT seconds that this process works on the trial."""
     over = threading.Event()
 
-    def beat():
+    def beat() -> None:
         while not over.wait(HEARTBEAT):
             try:
                 study._storage.record_heartbeat(trial._trial_id)
@@ -247,7 +251,7 @@ def _sigterm_as_ctrl_c():
         return
     heard = []
 
-    def interrupt(number, frame):
+    def interrupt(number: int, frame: object) -> None:
         heard.append(number)
         raise KeyboardInterrupt
 
