@@ -47,7 +47,7 @@ def whole(path: str | Path) -> Iterator[Path]:
         new.unlink(missing_ok=True)
 
 
-def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], text: str) -> None:
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], text: str) -> None:
     """Write {name: CPU tensor} and a text to a safetensors file that tensors reads; whole, or not at all."""
     from safetensors.torch import save
 
@@ -85,13 +85,13 @@ def digest(tensors: dict[str, torch.Tensor], text: str) -> str:
     for name in sorted(tensors):
         sha.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
         values = tensors[name].flatten().clone(memory_format=torch.contiguous_format)
-        sha.update(values.view(torch.uint8).numpy())
+        sha.update(values.view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
 def npz(path: str | Path, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """{name: array} of a .npz file that holds the arrays required and any of the optional ones."""
-    path = _file(path)
+    file = path = _file(path)
     with _reading(path, "a readable .npz of plain arrays"), zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         names = [member.filename.removesuffix(".npy") for member in members]
@@ -101,7 +101,7 @@ def npz(path: str | Path, required: Sequence[str], optional: Sequence[str] = ())
                 f"got {', '.join(sorted(names)) or 'none'}"
             )
         size = sum(member.file_size for member in members)  # zipfile reads no more than this, whatever is in there
-        if too_large(size, path.stat().st_size):
+        if too_large(size, file.stat().st_size):
             raise InputError(
                 f"{path}: unpacks to {size:,} bytes, more than {GROWTH} times its size; if that is meant, write it "
                 "with numpy.savez, which does not compress"
@@ -132,16 +132,17 @@ def ts(path: str | Path) -> tuple[list[np.ndarray], list[str]]:
     Labels are what stands in the file, letter by letter.  Raises InputError for time stamps, for regression targets,
     and for a class that the line @classLabel does not declare.
     """
-    path = _file(path)
+    file = _file(path)
     with _reading(path, "a readable .ts file"):
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     header, start = _ts_header(path, lines)
 
     def refuse(n: int, text: str) -> NoReturn:
         raise InputError(f"{path}: line {n}: {text}")
 
     declared = header["classlabel"][1:]
-    series, labels = [], []
+    series: list[np.ndarray] = []
+    labels: list[str] = []
     for n, line in enumerate(lines[start:], start + 1):
         line = line.strip()
         if not line or line.startswith("#"):
@@ -214,9 +215,9 @@ def mapping(path: str | Path, expected: str) -> dict[str, Any]:
     """
     import yaml
 
-    path = _file(path)
+    file = _file(path)
     with _reading(path, "a readable YAML file"):
-        if path.stat().st_size > 4 * LONGEST_YAML or len(text := path.read_text(encoding="utf-8")) > LONGEST_YAML:
+        if file.stat().st_size > 4 * LONGEST_YAML or len(text := file.read_text(encoding="utf-8")) > LONGEST_YAML:
             raise ValueError(f"longer than {LONGEST_YAML:,} characters")
         depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):  # as it is read: the loader takes minutes over a deep nest
@@ -236,8 +237,8 @@ def table(path: str | Path, text: Sequence[str] = (), numbers: Mapping[str, floa
     """
     import pandas as pd
 
-    path = _file(path)
-    with _reading(path, "a readable CSV file"), path.open(newline="", encoding="utf-8") as file:
+    place = _file(path)
+    with _reading(path, "a readable CSV file"), place.open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file, strict=True)
     wanted = [*text, *(numbers or ())]
     if len(set(header)) < len(header) or not set(wanted) <= set(header):

@@ -8,7 +8,7 @@ T tokens, F input features, d width, r router rank, L layers, C classes.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -49,7 +49,11 @@ class Layer(nn.Module):
     X_k <- LN(x + (1 - gate) * b + gate * n)
     """
 
-    def __init__(self, R, K, d, r):
+    if TYPE_CHECKING:  # parameters and buffers
+
+        def __getattr__(self, name: str) -> torch.Tensor: ...
+
+    def __init__(self, R: int, K: int, d: int, r: int) -> None:
         super().__init__()
         for name, shape in self.shapes(R, K, d, r).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
@@ -115,9 +119,23 @@ class CTBPRN(nn.Module):
     Raises InputError for sizes that make no network.
     """
 
+    if TYPE_CHECKING:  # parameters and buffers
+
+        def __getattr__(self, name: str) -> torch.Tensor: ...
+
     def __init__(
-        self, n_features, d, rank, n_areas, n_layers=2, n_classes=2, temperature=1.0, n_replicas=1, stem=True, seed=0
-    ):
+        self,
+        n_features: int,
+        d: int,
+        rank: int,
+        n_areas: int,
+        n_layers: int = 2,
+        n_classes: int = 2,
+        temperature: float | Sequence[float] | torch.Tensor = 1.0,
+        n_replicas: int = 1,
+        stem: bool = True,
+        seed: int | Sequence[int] | None = 0,
+    ) -> None:
         super().__init__()
         sizes = dict(n_features=n_features, d=d, rank=rank, n_areas=n_areas, n_layers=n_layers, n_classes=n_classes)
         self.config = sizes | dict(n_replicas=n_replicas, stem=bool(stem))

@@ -72,9 +72,9 @@ def totals(
 
 def named(sums: torch.Tensor, n_layers: int, n_classes: int, split: str) -> dict[str, np.ndarray]:
     """{name of score: (R,)} from totals and the split they are of."""
-    sums = sums.cpu().numpy()
-    nats, hits, routed = sums[0], sums[1], sums[2 : 2 + n_layers]
-    hits_in_class, in_class = np.split(sums[2 + n_layers :], [n_classes])
+    rows = sums.cpu().numpy()
+    nats, hits, routed = rows[0], rows[1], rows[2 : 2 + n_layers]
+    hits_in_class, in_class = np.split(rows[2 + n_layers :], [n_classes])
     n, tested = in_class.sum(0), in_class[:, 0] > 0
     prefix = "val" if split == "validation" else split
     scores = {
