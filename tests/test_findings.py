@@ -526,7 +526,7 @@ def published(project):
         patch.delenv("CTBPRN_STORAGE", raising=False)
         made(project / "reports", failed=False)
         confirmed()
-    done = project.python("-c", "from ctbprn_lib.publish import publish; publish('made')")
+    done = project.python("-c", "from ctbprn_lib.report.publish import publish; publish('made')")
     assert done.returncode == 0, done.stderr
     return project / "reports" / "made"
 

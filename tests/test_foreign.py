@@ -12,7 +12,8 @@ import pytest
 from crew import SPACE, question
 from test_report import made
 
-from ctbprn_lib import InputError, confirm, findings, parameters, publish, report, search, storage, tasks, workers
+from ctbprn_lib import InputError, confirm, findings, parameters, report, search, storage, tasks, workers
+from ctbprn_lib.report import publish
 from ctbprn_lib.train import Budget
 
 ROOT = Path(__file__).parent.parent
@@ -301,7 +302,7 @@ def test_the_page_is_the_same_whatever_the_users_own_settings_are(project, tmp_p
         patch.setattr(storage, "REPORTS", project / "reports")
         patch.delenv("CTBPRN_STORAGE", raising=False)
         made(project / "reports", 4, failed=False)
-    publishing = ("-c", "from ctbprn_lib.publish import publish; publish('made')")
+    publishing = ("-c", "from ctbprn_lib.report.publish import publish; publish('made')")
 
     def page(**environment):
         done = project.python(*publishing, **environment)

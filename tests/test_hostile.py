@@ -30,10 +30,11 @@ from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from test_report import made
 
-from ctbprn_lib import InputError, checkpoint, figures, files, findings, report, search, tasks, verdicts
+from ctbprn_lib import InputError, checkpoint, files, findings, report, search, tasks, verdicts
 from ctbprn_lib.audit import original, simulate
 from ctbprn_lib.model import CTBPRN
-from ctbprn_lib.publish import render
+from ctbprn_lib.report import figures
+from ctbprn_lib.report.publish import publish_notebook
 from ctbprn_lib.storage import study_folder
 from ctbprn_lib.train import PeakMemory
 
@@ -679,7 +680,7 @@ def test_a_hostile_name_changes_nothing_but_the_text_of_a_report(reports):
         output = {"text/markdown": "\n\n".join([r.summary(), r.measured(), r.reproduce()])}
         cells = [new_markdown_cell("# Title"), new_code_cell(outputs=[new_output("display_data", output)])]
         nbformat.write(new_notebook(cells=cells), reports / "n.ipynb")
-        folder = render(reports / "n.ipynb", "shown")
+        folder = publish_notebook(reports / "n.ipynb", "shown")
         page = Page((folder / "report.html").read_text())
         lines = (folder / "report.md").read_text().split("\n")
         assert files.printable(name) in page.text and all(line.isprintable() for line in lines)

@@ -16,8 +16,9 @@ import pytest
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from ctbprn_lib import InputError, evidence, figures, report, scoring, search, storage, tasks
+from ctbprn_lib import InputError, evidence, report, scoring, search, storage, tasks
 from ctbprn_lib.model import CTBPRN
+from ctbprn_lib.report import figures
 from ctbprn_lib.train import Budget
 
 ROOT = Path(__file__).parent.parent
@@ -246,7 +247,7 @@ def published(project, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "REPORTS", project / "reports")
         made(project / "reports")
-    done = project.python("-c", "from ctbprn_lib.publish import publish; publish('made')")
+    done = project.python("-c", "from ctbprn_lib.report.publish import publish; publish('made')")
     assert done.returncode == 0, done.stderr
     return project / "reports" / "made"
 
