@@ -12,8 +12,8 @@ import pytest
 from crew import SPACE, question
 from test_report import made
 
-from ctbprn_lib import InputError, confirm, findings, parameters, report, search, storage, tasks, workers
-from ctbprn_lib.report import publish
+from ctbprn_lib import InputError, confirm, parameters, report, search, storage, tasks, workers
+from ctbprn_lib.report import publish, text
 from ctbprn_lib.train import Budget
 
 ROOT = Path(__file__).parent.parent
@@ -48,16 +48,16 @@ def test_trials_that_another_program_asked_for_are_left_out_and_named(reports):
     assert [t.number for t in study.trials] == [0, 1, 5, 6] and study.best_trials[0].number in (0, 1, 5, 6)
     assert len(optuna.search_space.intersection_search_space(study.trials)) == len(SPACE) + 1
     theirs.tell(running, 0.1)  # nobody has ended it meanwhile
-    r = findings.load("s")
+    r = report.load("s")
     assert r.trials["trial"].tolist() == [0, 1, 5, 6]
     left_out = "Left out, because other programs put them into the study: trials 2 (complete), 3 (complete), 4 (fail)."
-    assert left_out in r.all_trials() and "4 trials (4 complete)" in r.summary()
+    assert left_out in report.render(r, "all_trials") and "4 trials (4 complete)" in report.render(r, "summary")
     for piece in ("best_parameters", "key_findings", "recommendations", "measured", "undecided", "reproduce"):
-        assert getattr(r, piece)()
-    assert "-p n_trials 4 " in r.reproduce()
-    r.raw_data()
-    steps, curves = r.curves("val_ce")
-    assert steps and set(curves) <= {f"trial {n}" for n in (0, 1, 5, 6)}
+        assert report.render(r, piece)
+    assert "-p n_trials 4 " in report.render(r, "reproduce")
+    report.write_tables(r, storage.study_folder("s"))
+    steps, curves = r.curves
+    assert steps and set(curves["val_ce"]) <= {f"trial {n}" for n in (0, 1, 5, 6)}
     task = asked["task"]
     roles = [run.role for run in confirm.candidates(search.records(study), task, 2, 4)]
     assert {role for role in roles if role.startswith("trial")} == {f"trial {n}" for n in (0, 1, 5, 6)}
@@ -89,7 +89,7 @@ def test_what_is_enqueued_outside_the_space_is_named_and_stops_no_worker(reports
         outsider().enqueue_trial(params)
     search.run_trials(study, 2, **asked, device="cpu")
     assert [t.number for t in study.trials] == [0, 5]
-    assert f"1 (fail: {report.escape(reason)}), 2 (fail" in findings.load("s").all_trials()
+    assert f"1 (fail: {text.outside(reason)}), 2 (fail" in report.render(report.load("s"), "all_trials")
 
 
 def test_what_is_enqueued_inside_the_space_is_run_like_any_other(reports):
@@ -145,14 +145,14 @@ def test_the_confirmation_of_a_deleted_study_is_told_apart(reports):
     assert len(confirm.records("s")[0]) == 4
     optuna.delete_study(study_name="s", storage=study._storage)
     again, _ = begun(2)
-    r = findings.load("s")
+    r = report.load("s")
     assert not r.confirmed and confirm.records("s") == (None, None)
-    assert "a confirmation of an earlier study of this name, which was deleted" in r.summary()
+    assert "a confirmation of an earlier study of this name, which was deleted" in report.render(r, "summary")
     with pytest.raises(InputError, match=r"confirmation of a study 's' that has been deleted; delete it too"):
         confirm.Confirmation(again, asked["task"], 2, 64, device="cpu")
     optuna.delete_study(study_name="s/confirm", storage=again._storage)
     assert confirm.Confirmation(again, asked["task"], 2, 64, device="cpu").train(runs[:1])
-    assert "earlier study" not in findings.load("s").summary()
+    assert "earlier study" not in report.render(report.load("s"), "summary")
 
 
 def test_a_trial_put_into_the_confirmation_by_hand_is_passed_over(reports):
@@ -168,10 +168,10 @@ def test_a_trial_put_into_the_confirmation_by_hand_is_passed_over(reports):
 def test_every_sampler_and_pruner_that_was_used_is_said(reports):
     begun(2, sampler="random")
     begun(3, sampler="nsga2", pruner="median")
-    r = findings.load("s")
+    r = report.load("s")
     assert r.trials["sampler"].tolist() == ["random", "random", "nsga2"]
-    assert "sampler random, pruner none and then sampler nsga2, pruner median" in r.measured()
-    first, second = (line for line in r.reproduce().splitlines() if line.startswith("papermill"))
+    assert "sampler random, pruner none and then sampler nsga2, pruner median" in report.render(r, "measured")
+    first, second = (line for line in report.render(r, "reproduce").splitlines() if line.startswith("papermill"))
     assert "-p n_trials 2 " in first and "-p sampler random -p pruner none" in first
     assert "-p n_trials 3 " in second and "-p sampler nsga2 -p pruner median" in second
 
@@ -186,17 +186,17 @@ def test_the_command_names_the_path_that_was_given(reports, tmp_path, monkeypatc
     name = search.study_name_for(asked["task"])
     assert name == "Set-1"
     search.run_trials(search.open_study(name, **asked), 1, **asked, device="cpu")
-    assert "-p task 'my data/Set 1.NPZ' " in findings.load(name).reproduce()
+    assert "-p task 'my data/Set 1.NPZ' " in report.render(report.load(name), "reproduce")
 
 
 @pytest.mark.parametrize("n_trials", [1, 6])
 def test_with_one_replica_nothing_is_told_apart(reports, n_trials):
     made(reports, n_trials, n_replicas=1, failed=False)
-    r = report.Report("made")
-    assert "2. **With one replica a trial nothing can be told apart**" in r.key_findings()
-    assert "**The best accuracy, of one replica, stands beside " in r.key_findings()
-    assert "Welch" not in r.key_findings() and "distinguishable" not in r.key_findings()
-    assert "Which trial is best: with one replica a trial nothing can be told apart." in r.undecided()
+    r = report.load("made")
+    assert "2. **With one replica a trial nothing can be told apart**" in report.render(r, "key_findings")
+    assert "**The best accuracy, of one replica, stands beside " in report.render(r, "key_findings")
+    assert "Welch" not in report.render(r, "key_findings") and "distinguishable" not in report.render(r, "key_findings")
+    assert "Which trial is best: with one replica a trial nothing can be told apart." in report.render(r, "undecided")
 
 
 # ---- users' own settings and places
@@ -248,7 +248,7 @@ def test_a_checkout_may_lie_in_any_folder(tmp_path, monkeypatch, place):
     monkeypatch.delenv("CTBPRN_STORAGE", raising=False)
     begun(1)
     assert (root / "reports" / "s" / "optuna_studies" / "ctbprn_study.db").is_file()
-    assert len(findings.load("s").trials) == 1 and os.listdir(tmp_path) == [place]
+    assert len(report.load("s").trials) == 1 and os.listdir(tmp_path) == [place]
     assert storage.sqlite_file(storage.storage_url("s", "sqlite:///mine.db?timeout=5")) == root / "mine.db"
 
 
