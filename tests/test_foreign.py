@@ -1,9 +1,11 @@
 """Studies that others have touched, and users' own settings: told apart, left out and named, or refused."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +165,24 @@ def test_a_trial_put_into_the_confirmation_by_hand_is_passed_over(reports):
     confirmation.train(runs)
     confirmation.write_plan(runs, 1, asked["task"].baselines(), None)
     assert len(confirm.records("s")[0]) == 2
+
+
+def test_on_a_tie_the_report_names_the_configuration_that_the_files_hold(reports):
+    study, asked = begun(1)
+    confirmation = confirm.Confirmation(study, asked["task"], 2, 64, device="cpu")
+    run = confirm.candidates(search.records(study), asked["task"], 2, 1)[0]
+    runs = [run, replace(run, role="defaults")]  # trained once for both; by their names the second would be the first
+    best = confirmation.save_best(runs, confirmation.train(runs))
+    confirmation.write_plan(runs, 1, asked["task"].baselines(), None, best)
+    files = {name: json.loads((reports / "s" / f"best_{name}.json").read_text())["role"] for name in ("accuracy", "ce")}
+    about = confirmation.study.user_attrs["about"]
+    for kept in (about, {name: value for name, value in about.items() if name != "best"}):  # older records lack it
+        confirmation.study.set_user_attr("about", kept)
+        r = report.load("s")
+        assert files == r.confirmed.best == {"accuracy": "trial 0", "ce": "trial 0"}
+        assert report.render(r, "best_parameters").count("(trial 0)") == 2
+        assert "Use trial 0: " in report.render(r, "recommendations")
+        assert "**Best CE: trial 0**" in report.render(r, "key_findings")
 
 
 def test_every_sampler_and_pruner_that_was_used_is_said(reports):

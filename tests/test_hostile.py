@@ -28,7 +28,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from test_report import made
+from test_report import made, made_up
 
 from ctbprn_lib import InputError, checkpoint, files, report, search, tasks
 from ctbprn_lib.audit import original, simulate
@@ -638,6 +638,16 @@ def test_names_from_outside_are_shown_as_text(name):
     assert not set(shown) & set("<>|`*[]$\\~\n\x1b\u202e") and shown.isprintable()
     command = f"```\npapermill -p task {files.word(name)}\n```"
     assert command.count("```") - name.count("```") == 2 and len(command.splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_every_section_shows_every_name_from_outside_as_text(name):
+    for facts_of_study in made_up(name):
+        for section in report.sections():
+            text = report.render(facts_of_study, section)
+            lines = [line for line in text.splitlines() if not line.startswith("papermill ")]  # quoted for a shell
+            assert outside(name) == name or name not in "\n".join(lines), section
+            assert all(line.isprintable() for line in lines), section
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # the font may lack a script

@@ -6,9 +6,10 @@ import pickle
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import jinja2
 import matplotlib.pyplot as plt
 import numpy as np
 import optuna
@@ -18,8 +19,10 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from ctbprn_lib import InputError, evidence, report, scoring, search, storage, tasks
+from ctbprn_lib.audit import simulate
+from ctbprn_lib.confirm import choose_best
 from ctbprn_lib.model import CTBPRN
-from ctbprn_lib.report import figures
+from ctbprn_lib.report import facts, figures
 from ctbprn_lib.report import text as form
 from ctbprn_lib.train import Budget
 
@@ -60,6 +63,51 @@ def made(reports, n_trials=14, n_replicas=3, name="made", failed=True, slope=-0.
         else:
             study.tell(trial, values)
     return study
+
+
+def made_up(outside="x", **changes):
+    """Facts of a confirmed study that no database holds; outside stands wherever a name from outside can stand."""
+    rows = []
+    for number, state in enumerate(["complete", "complete", "complete", "pruned", "fail"]):
+        row = {"trial": number, "state": state, "failure": outside if state == "fail" else ""}
+        row |= dict(lr=1e-3, d=32, rank=4, temperature=1.0, batch_size=8, seq_len=64, n_steps=10, train_seconds=1.0)
+        row |= dict(peak_mem_mib=50 + number, n_parameters=1000, n_diverged=int(number == 1))
+        row |= dict(sampler="tpe", pruner="none", precision="fp32")
+        row |= dict.fromkeys(("device", "torch", "optuna", "python", "commit"), outside)
+        for name in search.SCORES:
+            row |= {name: 0.8 - number / 100, f"{name}_low": 0.7, f"{name}_high": 0.9}
+        rows.append(row | {"val_ce_0": 0.8, "val_ce_1": 0.75 + number / 50})
+    task = {"task": outside, "n_areas": 2, "n_tokens": 128, "n_features": 4, "n_classes": 3}
+    question = {"task": task, "space": search.default_space(tasks.RoutingTask()), "objective": "val_ce", "seed": 0}
+    question["budget"] = asdict(Budget(100, 2))
+    samples = {"copies": {"train": 1}, "grouped": True, "untested": {"test": [outside] * 5}, "tested": 1, "constant": 1,
+               "n_features": 4, "largest_share": 0.9, "given": outside}  # fmt: skip
+    baselines = {"majority class": 0.5, "linear rule": 0.9}
+    made = facts.Facts("made-up", question, task, samples, baselines, pd.DataFrame(rows), ((5, "fail", outside),), {})
+    runs = simulate.runs(4, np.random.default_rng(0)).assign(
+        **dict.fromkeys(("device", "torch", "commit"), outside), train_seconds=1.0
+    )
+    runs = runs.assign(test_balanced_accuracy=0.5, peak_mem_mib=runs["d"], n_parameters=1000)
+    runs = runs.replace({"role": {"trial 7": "trial 1", "trial 3": "trial 0"}})
+    runs = runs.replace({"base": {"trial 7": "trial 1", "trial 3": "trial 0"}})
+    about = dict(n_seeds=4, n_test=8192, n_top=3, seed=0, best=choose_best(runs))
+    about["largest_batch"] = {"batch_size": 64, "free_mib": 100, "tried_twice": True}
+    made = replace(made, **changes)
+    return made, replace(made, confirmed=facts.confirmed(made, runs, about))
+
+
+def test_the_whole_template_is_filled_by_facts_that_no_database_holds():
+    for made in made_up("routing"):
+        for section in report.sections():
+            text = report.render(made, section)
+            assert text and not re.search(r"nan\b|None|[{}]{2}|\d\.\d{6}|  ", text), (section, text)
+
+
+def test_a_name_that_the_facts_do_not_have_is_an_error():
+    with pytest.raises(jinja2.UndefinedError, match="'dict object' has no attribute 'task'"):
+        report.render(replace(made_up()[0], task={}), "summary")
+    with pytest.raises(AttributeError):
+        report.render(made_up()[0], "no_such_section")
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ class Facts:
     that comes from recordings, {} for another task. baselines: {simple rule: accuracy on test samples}.
     trials: search.records. foreign: (number, state, reason) of trials that other programs put into the study.
     finished: {number: trial} as Optuna holds them. deleted: whether the storage also holds a confirmation of a deleted
-    study of the same name, which is left out.
+    study of the same name, which is left out. has_database: whether the study lies in an SQLite file in its own folder.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Facts:
     foreign: tuple[tuple[int, str, str], ...]
     finished: dict[int, optuna.trial.FrozenTrial]
     deleted: bool = False
+    has_database: bool = False
     confirmed: "Confirmed | None" = None
 
     @property
@@ -198,11 +199,6 @@ class Facts:
         ends = np.array([low, high, row["val_accuracy_low"], row["val_accuracy_high"]])
         word = "above" if (level < ends).all() else ""
         return "below" if (level > ends).all() else word, low, high
-
-    @property
-    def has_database(self) -> bool:
-        """Whether the study lies in an SQLite file in its own folder."""
-        return (storage.study_folder(self.name) / "optuna_studies" / "ctbprn_study.db").exists()
 
     @property
     def origin(self) -> str:
@@ -507,6 +503,7 @@ def load(study_name: str, storage_url: str = "") -> Facts:
         foreign=foreign,
         finished={trial.number: trial for trial in study.get_trials(deepcopy=False)},
         deleted=confirm.of_deleted(study),
+        has_database=(storage.study_folder(study_name) / "optuna_studies" / "ctbprn_study.db").exists(),
     )
     runs, about = confirm.records(study_name, storage_url)
     if runs is None:
