@@ -39,7 +39,7 @@ report: reproduce explore tune confirm
 
 reproduce: .venv/ready
 	$(RUN) notebooks/reproduce.ipynb runs/reproduce.ipynb -p study_name $(REPRODUCE) -p tested_by $(STUDY) $(AUDIT)
-	$(BIN)/python -m ctbprn_lib.publish runs/reproduce.ipynb $(REPRODUCE)
+	$(BIN)/python -m ctbprn_lib.report.publish runs/reproduce.ipynb $(REPRODUCE)
 
 explore: .venv/ready
 	$(RUN) notebooks/explore.ipynb runs/explore.ipynb $(EXPLORE)

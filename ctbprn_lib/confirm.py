@@ -8,12 +8,14 @@ import hashlib
 import json
 import math
 import multiprocessing
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -23,13 +25,14 @@ import torch
 from ctbprn_lib import InputError, evidence, files, published, search, storage
 from ctbprn_lib.device import out_of_memory, precision_context, resolve_device, resolve_precision
 from ctbprn_lib.model import CTBPRN, Classifier
-from ctbprn_lib.scoring import route_accuracy, score
+from ctbprn_lib.scoring import cross_entropy, route_accuracy, score
 from ctbprn_lib.search import Space
-from ctbprn_lib.train import TABLE, Budget, Hyperparameters, Task, fit
+from ctbprn_lib.train import TABLE, Budget, Hyperparameters, Task, fit, gumbel_noise, untrained
 
 # First spawn keys of the seeds: none has been used for tuning, and the best of the confirmed is measured afresh when it
 # is ablated, or every comparison with it would start from its luck.
 CONFIRMING, ABLATING = 1, 2
+LARGEST_BATCH = 2**16  # samples: nobody trains with more
 
 
 @dataclass(frozen=True)
@@ -168,12 +171,22 @@ class Confirmation:
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
     def write_plan(
-        self, runs: Iterable[Run], n_top: int, baselines: dict[str, float], largest_batch: dict | None
+        self,
+        runs: Iterable[Run],
+        n_top: int,
+        baselines: dict[str, float],
+        largest_batch: dict | None,
+        best: dict[str, Run] | None = None,
     ) -> None:
-        """Keep which runs answer which question, so that the report needs nothing but the database."""
+        """Keep which runs answer which question, so that the report needs nothing but the database.
+
+        best: what save_best returned; the report then names the configurations whose weights are in its files.
+        """
         plan = [asdict(run) | {"key": self.key(run)} for run in runs]
         self.study.set_user_attr("plan", json.loads(json.dumps(plan)))
         about = dict(n_seeds=self.budget.n_replicas, n_test=self.n_test, n_top=n_top, seed=self.seed)
+        if best:
+            about["best"] = {"accuracy": best["best_accuracy"].role, "ce": best["best_ce"].role}
         self.study.set_user_attr("about", about | dict(baselines=baselines, largest_batch=largest_batch))
 
     def save_best(self, runs: list[Run], records: dict[str, dict]) -> dict[str, Run]:
@@ -183,12 +196,18 @@ class Confirmation:
         """
         folder, best = storage.study_folder(self.name), {}
         folder.mkdir(parents=True, exist_ok=True)
-        for name, score_name, sign in (("best_accuracy", "test_accuracy", -1), ("best_ce", "test_ce", 1)):
-            usable = [run for run in runs if "mean_test_ce" in records[self.key(run)]]
-            if not usable:
-                raise InputError(f"no configuration could be trained: {records[self.key(runs[0])]['failure']}")
-            run = min(usable, key=lambda run: sign * records[self.key(run)][f"mean_{score_name}"])
-            record, best[name] = records[self.key(run)], run
+        usable = {run.role: run for run in runs if "mean_test_ce" in records[self.key(run)]}
+        if not usable:
+            raise InputError(f"no configuration could be trained: {records[self.key(runs[0])]['failure']}")
+        scored = {role: records[self.key(run)] for role, run in usable.items()}
+        names = ("test_accuracy", "test_ce")
+        seeds = [
+            pd.DataFrame({"role": role} | {name: _no_gaps(record, name) for name in names})
+            for role, record in scored.items()
+        ]
+        for score_name, role in choose_best(pd.concat(seeds)).items():
+            name, run, record = f"best_{score_name}", usable[role], scored[role]
+            best[name] = run
             made = self.weights / f"{self.key(run)}.safetensors"
             if not made.exists():  # trained by an earlier call; on one CPU the same seeds give the same weights
                 _train(self.task, run, self.budget, self.n_test, self.seed, str(self.device), made)
@@ -266,6 +285,7 @@ def records(name: str, storage: str = "") -> tuple[pd.DataFrame, dict] | tuple[N
 
     Columns: role, base, factor, level, the hyperparameters, n_steps, seed, test_accuracy, test_ce, val_accuracy, val_ce
     (a diverged seed counts as chance), route_accuracy (NaN there), diverged_at, and the run's cost and provenance.
+    about holds the roles of the best configurations ("best"), chosen here where an older record does not name them.
     """
     tuned = search.load_study(name, storage)
     study = confirm_study(tuned)
@@ -289,7 +309,18 @@ def records(name: str, storage: str = "") -> tuple[pd.DataFrame, dict] | tuple[N
         for s in range(len(scores["test_ce"])):
             each = {k: v[s] for k, v in scores.items()} | {"diverged_at": record["diverged_at"][s]}
             rows.append(shared | {"n_steps": run["n_steps"], "seed": s} | each | {k: record[k] for k in cost})
-    return pd.DataFrame(rows), study.user_attrs["about"]
+    runs, about = pd.DataFrame(rows), study.user_attrs["about"]
+    return runs, about if "best" in about else about | {"best": choose_best(runs)}
+
+
+def choose_best(runs: pd.DataFrame) -> dict[str, str]:
+    """The roles with the best mean test scores: {"accuracy": role, "ce": role}; on a tie the first in runs.
+
+    runs: a row for each role and seed, with test_accuracy and test_ce; rows without a role are passed over.
+    """
+    by_role = runs[runs["role"] != ""].groupby("role", sort=False)[["test_accuracy", "test_ce"]]
+    means = by_role.agg(lambda scores: np.mean(scores.to_numpy()))
+    return {"accuracy": str(means["test_accuracy"].idxmax()), "ce": str(means["test_ce"].idxmin())}
 
 
 VALIDATION = ("val_accuracy", "val_ce", "val_balanced_accuracy")
@@ -342,3 +373,50 @@ def pool(workers: int, threads: int = 1) -> ProcessPoolExecutor:
 def _prepare(threads):
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
+
+
+def largest_batch(hp: Hyperparameters, task, device: str = "auto") -> dict[str, int | bool]:
+    """The largest doubling of hp's batch, up to LARGEST_BATCH, with which one replica trains a step in the free memory.
+
+    On a CPU each size is tried in a process of its own that may not use more than nine tenths of what is available.
+    Returns {"batch_size", "free_mib", "tried_twice"}: tried_twice is whether twice as much was tried, and did not fit.
+    """
+    device, size = resolve_device(device), hp.batch_size  # which has been trained
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] / 2**20
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 0.9 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**10
+        allowed = resource.getrlimit(resource.RLIMIT_DATA)[0]  # what `ulimit -d` says
+        free = free if allowed == resource.RLIM_INFINITY else min(free, allowed / 2**20)
+    while size < LARGEST_BATCH and fits(replace(hp, batch_size=2 * size), task, str(device), free):
+        size *= 2
+    return {"batch_size": size, "free_mib": round(free), "tried_twice": size < LARGEST_BATCH}
+
+
+def fits(hp: Hyperparameters, task, device: str, free_mib: float) -> bool:
+    """Whether one replica trains a step within free_mib, tried in a process of its own."""
+    with pool(1, torch.get_num_threads()) as process:
+        try:
+            return process.submit(_one_step, hp, task, device, free_mib).result()
+        except BrokenProcessPool:
+            return False
+
+
+def _one_step(hp: Hyperparameters, task, device: str, free_mib: float) -> bool:
+    """Train one replica for one step; returns whether the memory was enough."""
+    if device == "cpu":
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (int(free_mib * 2**20), hard))
+    try:
+        model, generator = untrained(hp, task, 1, 0, device)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        batch = task.draw(1, hp.batch_size, generator, hp.seq_len)
+        noise = gumbel_noise((1, hp.n_layers, hp.batch_size, task.n_areas), generator)
+        cross_entropy(model(batch.x, noise, batch.mask)[0], batch.y).mean().backward()
+        optimizer.step()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    return True

@@ -19,6 +19,10 @@ from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 from ctbprn_lib import InputError
 
 MOST_SEEDS = 2**14  # seeds_needed looks no further
+MARGIN = 0.01  # the smallest difference of accuracy (or of the share routed well) that anybody should care about
+LEVEL = 0.05  # of all tests of a report together
+BETTER, WORSE, SAME = "better", "worse", "the same within one point"  # of a level, or of one thing beside another
+SUPPORTED, REFUTED, UNDECIDED, NOT_TESTED = "supported", "refuted", "undecided", "not tested yet"  # of a claim
 
 
 def mean_interval(scores: ArrayLike, level: float = 0.95, nats: bool = False) -> tuple[float, float, float]:
@@ -247,3 +251,39 @@ def importance(
     table["low"], table["high"] = resampled.quantile(0.025), resampled.quantile(0.975)
     table["beats_placebo"] = resampled.gt(resampled["placebo"], axis=0).mean() >= 0.975
     return table.sort_values("importance", ascending=False).reset_index()
+
+
+def verdict_on_effect(effect: float, p_value: float, p_equivalence: float, lower_is_better: bool = False) -> str:
+    """What a comparison of a with b says of a: BETTER, WORSE, SAME or UNDECIDED.
+
+    effect: mean(a) - mean(b). p_value, p_equivalence: adjusted; p_equivalence is NaN where equivalence is not tested.
+    """
+    if p_equivalence < LEVEL:
+        return SAME
+    if p_value >= LEVEL:
+        return UNDECIDED
+    return BETTER if (effect < 0) == lower_is_better else WORSE
+
+
+def verdict_on_claim(verdicts: Iterable[str]) -> str:
+    """What the verdicts on a thing beside each of its rivals say of the claim that it is good.
+
+    Being worse than one rival refutes the claim. Being better than some, and the same as the others, supports it.
+    Returns SUPPORTED, REFUTED, SAME or UNDECIDED.
+    """
+    found = set(verdicts)
+    if WORSE in found:
+        return REFUTED
+    if UNDECIDED in found:
+        return UNDECIDED
+    return SAME if found == {SAME} else SUPPORTED
+
+
+def verdict_on_score(published: float, low: float, high: float) -> str:
+    """Whether a published accuracy holds, given the 95 % interval of its replication.
+
+    It is refuted outside the interval, and supported if the whole interval lies within MARGIN of it.
+    """
+    if not low <= published <= high:
+        return REFUTED
+    return SUPPORTED if max(published - low, high - published) <= MARGIN else UNDECIDED

@@ -154,7 +154,7 @@ def published(project):
 
 
 def test_only_a_whole_report_replaces_the_published_one(project, killed):
-    publish = "from ctbprn_lib.publish import publish; publish('s')"
+    publish = "from ctbprn_lib.report.publish import publish; publish('s')"
     before = published(project)
     assert {"report.md", "report.html", "optuna_results_detailed.csv"} <= {path.name for path in before}
     with started(project, "-c", publish) as process:
@@ -168,7 +168,7 @@ def test_only_a_whole_report_replaces_the_published_one(project, killed):
     nbformat.write(broken, notebook)
     done = project.python("-c", publish)
     assert done.returncode != 0 and "ZeroDivisionError" in done.stderr
-    done = project.python("-m", "ctbprn_lib.publish", "runs/analyze-s.ipynb", "s")
+    done = project.python("-m", "ctbprn_lib.report.publish", "runs/analyze-s.ipynb", "s")
     assert done.returncode != 0 and "has not been run to its end" in done.stderr and "Traceback" not in done.stderr
     assert published(project) == before
     notebook.write_text(whole)

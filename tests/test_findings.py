@@ -16,9 +16,10 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 from test_report import References, made
 
-from ctbprn_lib import findings, report, search, storage, tasks
+from ctbprn_lib import report, search, storage, tasks
 from ctbprn_lib.audit import simulate
-from ctbprn_lib.verdicts import BETTER, REFUTED, SAME, SUPPORTED, UNDECIDED, WORSE
+from ctbprn_lib.evidence import BETTER, REFUTED, SAME, SUPPORTED, UNDECIDED, WORSE
+from ctbprn_lib.report import text as form
 
 EFFECTS = {("d", 32): -0.03, ("rank", 4): -0.02, ("n_steps", 1000): 0.02, ("seq_len", 32): -0.1}
 WORLDS = {
@@ -68,8 +69,9 @@ def invented(root, **world):
         patch.delenv("CTBPRN_STORAGE", raising=False)
         made(None, failed=False)
         confirmed(**world)
-        found = findings.load("made")
-        return found.folder, {name: getattr(found, name)() for name in PIECES}
+        facts, folder = report.load("made"), storage.study_folder("made")
+        report.write_tables(facts, folder)
+        return folder, {name: report.render(facts, name) for name in PIECES}
 
 
 def committed():
@@ -284,7 +286,7 @@ def test_the_smallest_level_that_loses_nothing_is_said_to_cost_less(folder, tabl
         points, ce = (rows[score].set_index("level") for score in ("test_accuracy", "test_ce"))
         good = points.index[(points.index < own) & points["verdict"].isin([SAME, BETTER]) & (ce["verdict"] != WORSE)]
         if len(good):
-            what, effect = findings.FACTORS[factor], 100 * points.loc[good[0], "effect"]
+            what, effect = form.FACTORS[factor], 100 * points.loc[good[0], "effect"]
             expected.append(f"- {what} {good[0]:g} instead of {own:g} costs less: {effect:+.1f}")
     lines = [line for line in folder[1]["recommendations"].splitlines() if "costs less" in line]
     assert [line.split(" [")[0] for line in lines] == expected
@@ -324,7 +326,7 @@ def test_nothing_undecided_is_recommended(folder, tables):
     for name in space:
         changed = space[name] != default[name]
         assert changed <= (name in set(decided["factor"])), name
-        said_so = f"{report.NAMES[name]}: search {in_words(space[name])} instead of {in_words(default[name])}."
+        said_so = f"{form.NAMES[name]}: search {in_words(space[name])} instead of {in_words(default[name])}."
         assert changed == (said_so in pieces["recommendations"])
 
 
@@ -420,7 +422,7 @@ def test_what_is_recommended_is_the_best_by_ce(folder, tables):
     row = runs[runs["role"] == best].iloc[0]
     assert f"Use {best}: " in text and f"trained for {row['n_steps']:,} steps" in text
     for name in search.default_space(tasks.RoutingTask()):
-        assert f"{name} {report.value(name, row[name])}" in text
+        assert f"{name} {form.setting(row[name], name)}" in text
     saved = json.loads((folder[0] / "best_ce.json").read_text()) if (folder[0] / "best_ce.json").exists() else None
     assert saved is None or (saved["role"] == best and saved["test_ce"]["mean"] == pytest.approx(
         runs.loc[runs["role"] == best, "test_ce"].mean()))  # fmt: skip
@@ -515,8 +517,8 @@ def test_every_piece_is_there_and_readable(folder):
 
 def test_a_study_that_was_not_confirmed_has_the_plain_report(reports):
     made(reports)
-    assert type(findings.load("made")) is report.Report
-    assert "notebooks/confirm.ipynb" in findings.load("made").confirmed_results()
+    assert report.load("made").confirmed is None
+    assert "notebooks/confirm.ipynb" in report.render(report.load("made"), "confirmed_results")
 
 
 @pytest.fixture(scope="module")
@@ -526,7 +528,7 @@ def published(project):
         patch.delenv("CTBPRN_STORAGE", raising=False)
         made(project / "reports", failed=False)
         confirmed()
-    done = project.python("-c", "from ctbprn_lib.publish import publish; publish('made')")
+    done = project.python("-c", "from ctbprn_lib.report.publish import publish; publish('made')")
     assert done.returncode == 0, done.stderr
     return project / "reports" / "made"
 

@@ -1,9 +1,11 @@
 """Studies that others have touched, and users' own settings: told apart, left out and named, or refused."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 from crew import SPACE, question
 from test_report import made
 
-from ctbprn_lib import InputError, confirm, findings, parameters, publish, report, search, storage, tasks, workers
+from ctbprn_lib import InputError, confirm, parameters, report, search, storage, tasks, workers
+from ctbprn_lib.report import publish, text
 from ctbprn_lib.train import Budget
 
 ROOT = Path(__file__).parent.parent
@@ -47,16 +50,16 @@ def test_trials_that_another_program_asked_for_are_left_out_and_named(reports):
     assert [t.number for t in study.trials] == [0, 1, 5, 6] and study.best_trials[0].number in (0, 1, 5, 6)
     assert len(optuna.search_space.intersection_search_space(study.trials)) == len(SPACE) + 1
     theirs.tell(running, 0.1)  # nobody has ended it meanwhile
-    r = findings.load("s")
+    r = report.load("s")
     assert r.trials["trial"].tolist() == [0, 1, 5, 6]
-    left_out = "Left out, because other programs put them into the study: trials 2 (complete), 3 (complete), 4 (fail)."
-    assert left_out in r.all_trials() and "4 trials (4 complete)" in r.summary()
+    left_out = "outside the space): trial 2 (complete), trial 3 (complete), trial 4 (fail)."
+    assert left_out in report.render(r, "all_trials") and "4 trials (4 complete)" in report.render(r, "summary")
     for piece in ("best_parameters", "key_findings", "recommendations", "measured", "undecided", "reproduce"):
-        assert getattr(r, piece)()
-    assert "-p n_trials 4 " in r.reproduce()
-    r.raw_data()
-    steps, curves = r.curves("val_ce")
-    assert steps and set(curves) <= {f"trial {n}" for n in (0, 1, 5, 6)}
+        assert report.render(r, piece)
+    assert "-p n_trials 4 " in report.render(r, "reproduce")
+    report.write_tables(r, storage.study_folder("s"))
+    steps, curves = r.curves
+    assert steps and set(curves["val_ce"]) <= {f"trial {n}" for n in (0, 1, 5, 6)}
     task = asked["task"]
     roles = [run.role for run in confirm.candidates(search.records(study), task, 2, 4)]
     assert {role for role in roles if role.startswith("trial")} == {f"trial {n}" for n in (0, 1, 5, 6)}
@@ -88,7 +91,7 @@ def test_what_is_enqueued_outside_the_space_is_named_and_stops_no_worker(reports
         outsider().enqueue_trial(params)
     search.run_trials(study, 2, **asked, device="cpu")
     assert [t.number for t in study.trials] == [0, 5]
-    assert f"1 (fail: {report.escape(reason)}), 2 (fail" in findings.load("s").all_trials()
+    assert f"trial 1 (fail: {text.outside(reason)}), trial 2 (fail" in report.render(report.load("s"), "all_trials")
 
 
 def test_what_is_enqueued_inside_the_space_is_run_like_any_other(reports):
@@ -97,6 +100,16 @@ def test_what_is_enqueued_inside_the_space_is_run_like_any_other(reports):
     search.run_trials(study, 2, **asked, device="cpu")
     assert study.trials[1].params["d"] == 8 and study.trials[1].params["lr"] == 2e-3
     assert study.foreign() == [] and study.trials[1].user_attrs["sampler"] == "tpe"
+    facts = report.load("s")
+    assert "1 trial was put into the queue by hand. The other trials are" in report.render(facts, "measured")
+    assert "the command gives a search of the same kind, not the same trials" in report.render(facts, "reproduce")
+
+
+def test_a_search_of_one_call_says_that_its_command_gives_it_again(reports):
+    begun(2)
+    assert "not the same trials" not in report.render(report.load("s"), "reproduce")
+    begun(3)
+    assert "This search was begun 2 times: the command gives" in report.render(report.load("s"), "reproduce")
 
 
 def test_trials_that_wait_are_no_trials_yet(reports):
@@ -104,7 +117,7 @@ def test_trials_that_wait_are_no_trials_yet(reports):
     for _ in range(3):
         outsider().enqueue_trial({"d": 8})
     search.run_trials(study, 2, **asked, device="cpu")
-    assert findings.load("s").trials["state"].tolist() == ["complete"] * 2
+    assert report.load("s").trials["state"].tolist() == ["complete"] * 2
     search.run_trials(study, 3, **asked, device="cpu")
     assert [t.params["d"] for t in study.trials[1:3]] == [8, 8]
 
@@ -154,21 +167,21 @@ def test_the_confirmation_of_a_deleted_study_is_told_apart(reports):
     assert len(confirm.records("s")[0]) == 4
     optuna.delete_study(study_name="s", storage=study._storage)
     again, _ = begun(2)
-    r = findings.load("s")
+    r = report.load("s")
     assert not r.confirmed and confirm.records("s") == (None, None)
-    assert "a confirmation of an earlier study of this name, which was deleted" in r.summary()
+    assert "a confirmation of an earlier study of this name, which was deleted" in report.render(r, "summary")
     with pytest.raises(InputError, match=r"confirmation of a study 's' that has been deleted; delete it too"):
         confirm.Confirmation(again, asked["task"], 2, 64, device="cpu")
     optuna.delete_study(study_name="s/confirm", storage=again._storage)
     assert confirm.Confirmation(again, asked["task"], 2, 64, device="cpu").train(runs[:1])
-    assert "earlier study" not in findings.load("s").summary()
+    assert "earlier study" not in report.render(report.load("s"), "summary")
 
 
 def test_a_confirmation_made_beforehand_is_taken_if_it_is_empty_and_refused_if_it_is_for_something_else(reports):
     study, asked = begun(1)
     theirs = optuna.create_study(study_name="s/confirm", storage=study._storage)
     theirs.add_trial(optuna.create_trial(value=0.0))
-    assert "earlier study" not in findings.load("s").summary()
+    assert "earlier study" not in report.render(report.load("s"), "summary")
     assert confirm.Confirmation(study, asked["task"], 2, 64, device="cpu").study.user_attrs["of"]
     optuna.delete_study(study_name="s/confirm", storage=study._storage)
     optuna.create_study(study_name="s/confirm", storage=study._storage, directions=["minimize", "maximize"])
@@ -178,7 +191,7 @@ def test_a_confirmation_made_beforehand_is_taken_if_it_is_empty_and_refused_if_i
 
 def test_what_a_deleted_study_left_in_its_folder_is_set_aside_and_not_lost(reports):
     study, _ = begun(1)
-    findings.load("s").raw_data()
+    report.write_tables(report.load("s"), reports / "s")
     (reports / "s" / "best_ce.json").write_text("{}")
     begun(1)
     assert (reports / "s" / "best_ce.json").exists()  # the same study goes on
@@ -199,13 +212,31 @@ def test_a_trial_put_into_the_confirmation_by_hand_is_passed_over(reports):
     assert len(confirm.records("s")[0]) == 2
 
 
+def test_on_a_tie_the_report_names_the_configuration_that_the_files_hold(reports):
+    study, asked = begun(1)
+    confirmation = confirm.Confirmation(study, asked["task"], 2, 64, device="cpu")
+    run = confirm.candidates(search.records(study), asked["task"], 2, 1)[0]
+    runs = [run, replace(run, role="defaults")]  # trained once for both; by their names the second would be the first
+    best = confirmation.save_best(runs, confirmation.train(runs))
+    confirmation.write_plan(runs, 1, asked["task"].baselines(), None, best)
+    files = {name: json.loads((reports / "s" / f"best_{name}.json").read_text())["role"] for name in ("accuracy", "ce")}
+    about = confirmation.study.user_attrs["about"]
+    for kept in (about, {name: value for name, value in about.items() if name != "best"}):  # older records lack it
+        confirmation.study.set_user_attr("about", kept)
+        r = report.load("s")
+        assert files == r.confirmed.best == {"accuracy": "trial 0", "ce": "trial 0"}
+        assert report.render(r, "best_parameters").count("(trial 0)") == 2
+        assert "Use trial 0: " in report.render(r, "recommendations")
+        assert "**Best CE: trial 0**" in report.render(r, "key_findings")
+
+
 def test_every_sampler_and_pruner_that_was_used_is_said(reports):
     begun(2, sampler="random")
     begun(3, sampler="nsga2", pruner="median")
-    r = findings.load("s")
+    r = report.load("s")
     assert r.trials["sampler"].tolist() == ["random", "random", "nsga2"]
-    assert "sampler random, pruner none and then sampler nsga2, pruner median" in r.measured()
-    first, second = (line for line in r.reproduce().splitlines() if line.startswith("papermill"))
+    assert "sampler random, pruner none and then sampler nsga2, pruner median" in report.render(r, "measured")
+    first, second = (line for line in report.render(r, "reproduce").splitlines() if line.startswith("papermill"))
     assert "-p n_trials 2 " in first and "-p sampler random -p pruner none" in first
     assert "-p n_trials 3 " in second and "-p sampler nsga2 -p pruner median" in second
 
@@ -220,17 +251,17 @@ def test_the_command_names_the_path_that_was_given(reports, tmp_path, monkeypatc
     name = search.study_name_for(asked["task"])
     assert name == "Set-1"
     search.run_trials(search.open_study(name, **asked), 1, **asked, device="cpu")
-    assert "-p task 'my data/Set 1.NPZ' " in findings.load(name).reproduce()
+    assert "-p task 'my data/Set 1.NPZ' " in report.render(report.load(name), "reproduce")
 
 
 @pytest.mark.parametrize("n_trials", [1, 6])
 def test_with_one_replica_nothing_is_told_apart(reports, n_trials):
     made(reports, n_trials, n_replicas=1, failed=False)
-    r = report.Report("made")
-    assert "2. **With one replica a trial nothing can be told apart**" in r.key_findings()
-    assert "**The best accuracy, of one replica, stands beside " in r.key_findings()
-    assert "Welch" not in r.key_findings() and "distinguishable" not in r.key_findings()
-    assert "Which trial is best: with one replica a trial nothing can be told apart." in r.undecided()
+    r = report.load("made")
+    assert "2. **With one replica a trial nothing can be told apart**" in report.render(r, "key_findings")
+    assert "**The best accuracy, of one replica, stands beside " in report.render(r, "key_findings")
+    assert "Welch" not in report.render(r, "key_findings") and "distinguishable" not in report.render(r, "key_findings")
+    assert "Which trial is best: with one replica a trial nothing can be told apart." in report.render(r, "undecided")
 
 
 # ---- users' own settings and places
@@ -282,7 +313,7 @@ def test_a_checkout_may_lie_in_any_folder(tmp_path, monkeypatch, place):
     monkeypatch.delenv("CTBPRN_STORAGE", raising=False)
     begun(1)
     assert (root / "reports" / "s" / "optuna_studies" / "ctbprn_study.db").is_file()
-    assert len(findings.load("s").trials) == 1 and os.listdir(tmp_path) == [place]
+    assert len(report.load("s").trials) == 1 and os.listdir(tmp_path) == [place]
     assert storage.sqlite_file(storage.storage_url("s", "sqlite:///mine.db?timeout=5")) == root / "mine.db"
 
 
@@ -336,7 +367,7 @@ def test_the_page_is_the_same_whatever_the_users_own_settings_are(project, tmp_p
         patch.setattr(storage, "REPORTS", project / "reports")
         patch.delenv("CTBPRN_STORAGE", raising=False)
         made(project / "reports", 4, failed=False)
-    publishing = ("-c", "from ctbprn_lib.publish import publish; publish('made')")
+    publishing = ("-c", "from ctbprn_lib.report.publish import publish; publish('made')")
 
     def page(**environment):
         done = project.python(*publishing, **environment)

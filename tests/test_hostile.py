@@ -28,12 +28,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from test_report import made
+from test_report import made, made_up
 
-from ctbprn_lib import InputError, checkpoint, figures, files, findings, report, search, tasks, verdicts
+from ctbprn_lib import InputError, checkpoint, files, report, search, tasks
 from ctbprn_lib.audit import original, simulate
 from ctbprn_lib.model import CTBPRN
-from ctbprn_lib.publish import render
+from ctbprn_lib.report import facts, figures
+from ctbprn_lib.report import tables as report_tables
+from ctbprn_lib.report.publish import publish_notebook
+from ctbprn_lib.report.text import outside
 from ctbprn_lib.storage import study_folder
 from ctbprn_lib.train import PeakMemory
 
@@ -488,11 +491,11 @@ def tables(reports):
     return reports
 
 
-RECORD = SimpleNamespace(memory=None, runs=pd.DataFrame({"route_accuracy": [0.5]}))
+RECORD = pd.DataFrame({"route_accuracy": [0.5]})
 READERS = {
-    "ctbprn/claims.csv": lambda path: list(verdicts.recorded_claims("ctbprn", {})),
+    "ctbprn/claims.csv": lambda path: list(report_tables.recorded_claims("ctbprn", {})),
     "ctbprn/confirmed.csv": lambda path: simulate.spreads(path),
-    "reproduce/trial_2_seeds.csv": lambda _: findings.ConfirmedReport._other_verdicts(RECORD),
+    "reproduce/trial_2_seeds.csv": lambda _: facts.other_decisions(RECORD, None, {}, None, False),
 }
 
 
@@ -631,10 +634,20 @@ NASTY = ["<img src=x onerror=alert(1)>", "**b** `c` [l](http://e) | # $x_1$ \\ ~
 
 @pytest.mark.parametrize("name", NASTY)
 def test_names_from_outside_are_shown_as_text(name):
-    shown = report.escape(name)
+    shown = outside(name)
     assert not set(shown) & set("<>|`*[]$\\~\n\x1b\u202e") and shown.isprintable()
     command = f"```\npapermill -p task {files.word(name)}\n```"
     assert command.count("```") - name.count("```") == 2 and len(command.splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_every_section_shows_every_name_from_outside_as_text(name):
+    for facts_of_study in made_up(name):
+        for section in report.sections():
+            text = report.render(facts_of_study, section)
+            lines = [line for line in text.splitlines() if not line.startswith("papermill ")]  # quoted for a shell
+            assert outside(name) == name or name not in "\n".join(lines), section
+            assert all(line.isprintable() for line in lines), section
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # the font may lack a script
@@ -675,11 +688,12 @@ def test_a_hostile_name_changes_nothing_but_the_text_of_a_report(reports):
     for name in ("plain", *NASTY):
         asked = study.user_attrs["fingerprint"]
         study.set_user_attr("fingerprint", asked | {"task": asked["task"] | {"task": f"{name}.npz"}})
-        r = report.Report("made")
-        output = {"text/markdown": "\n\n".join([r.summary(), r.measured(), r.reproduce()])}
+        r = report.load("made")
+        pieces = [report.render(r, section) for section in ("summary", "measured", "reproduce")]
+        output = {"text/markdown": "\n\n".join(pieces)}
         cells = [new_markdown_cell("# Title"), new_code_cell(outputs=[new_output("display_data", output)])]
         nbformat.write(new_notebook(cells=cells), reports / "n.ipynb")
-        folder = render(reports / "n.ipynb", "shown")
+        folder = publish_notebook(reports / "n.ipynb", "shown")
         page = Page((folder / "report.html").read_text())
         lines = (folder / "report.md").read_text().split("\n")
         assert files.printable(name) in page.text and all(line.isprintable() for line in lines)

@@ -82,7 +82,7 @@ def test_reproduce_and_benchmark_run_and_are_published(project):
     for name, words in sizes.items():
         done = project.papermill(name, *(word.split("=") for word in words.split()))
         assert done.returncode == 0, done.stderr
-        assert project.python("-m", "ctbprn_lib.publish", f"runs/{name}.ipynb", name).returncode == 0
+        assert project.python("-m", "ctbprn_lib.report.publish", f"runs/{name}.ipynb", name).returncode == 0
         text = (project / "reports" / name / "report.md").read_text()
         assert "## Reproduce this report" in text and "Traceback" not in text
     assert "30 of 30 hyperparameters of trials 0 to 4" in (project / "reports" / "reproduce" / "report.md").read_text()

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_report import made
 
-from ctbprn_lib import InputError, confirm, files, findings, report, scoring, search, tasks
+from ctbprn_lib import InputError, confirm, files, report, scoring, search, tasks
 from ctbprn_lib.model import CTBPRN, Classifier
+from ctbprn_lib.report.text import RULES
 from ctbprn_lib.tasks import ArrayTask, load_task
 from ctbprn_lib.train import Budget, Hyperparameters, fit
 
@@ -247,29 +249,28 @@ def test_padding_does_not_hide_a_copy():
 def as_if(reports, facts, n_classes=2):
     """The plain report of an invented study whose samples have these facts."""
     made(reports)
-    r = report.Report("made")
+    r = report.load("made")
     copies = dict.fromkeys(tasks.SPLITS, 0)
     usual = dict(copies=copies, grouped=False, untested={"validation": [], "test": []}, tested=n_classes, constant=0)
     usual |= dict(n_features=4, largest_share=0.5, given="mine.npz")
-    r.facts, r.task = usual | facts, r.task | {"task": "mine.npz", "n_classes": n_classes}
-    r.show_balanced = r.facts["largest_share"] > report.SHOW_BALANCED
-    r.trials = r.trials.assign(val_balanced_accuracy=0.5, val_balanced_accuracy_low=0.4, val_balanced_accuracy_high=0.6)
-    return r
+    balanced = dict(val_balanced_accuracy=0.5, val_balanced_accuracy_low=0.4, val_balanced_accuracy_high=0.6)
+    task = r.task | {"task": "mine.npz", "n_classes": n_classes}
+    return replace(r, samples=usual | facts, task=task, trials=r.trials.assign(**balanced))
 
 
 def test_the_report_says_what_is_true_of_the_samples(reports):
-    claim = " that no training and no tuning has seen"
+    claim = "that no training and no tuning has seen"
     clean = as_if(reports, {})
-    assert clean._unseen("test", claim) == claim and "Exact copies" not in clean.measured()
+    assert report.render(clean, "unseen", "test", claim) == claim
+    assert "Exact copies" not in report.render(clean, "measured")
     leaky = as_if(reports, {"copies": {"train": 1, "validation": 0, "test": 3}, "constant": 2, "grouped": True})
-    assert leaky._unseen("test", claim) == " (3 of them exact copies of samples in other splits)"
-    assert leaky._unseen("validation", claim) == claim
-    text = leaky.measured()
+    assert report.render(leaky, "unseen", "test", claim) == "(3 of them are exact copies of samples in other splits)"
+    assert report.render(leaky, "unseen", "validation", claim) == claim
+    text = report.render(leaky, "measured")
     assert "Exact copies of samples in another split: 1 train, 3 test samples." in text
-    assert "2 of 4 features are constant" in text and "on one side of the split" in text
-    older = as_if(reports, {})
-    older.facts = {}
-    assert older._unseen("test", claim) == ""
+    assert "count as 0: 2 of 4." in text and "on one side of the split" in text
+    older = replace(clean, samples={})
+    assert report.render(older, "unseen", "test", claim) == ""
 
 
 def test_classes_that_are_not_tested_are_named(reports):
@@ -277,8 +278,8 @@ def test_classes_that_are_not_tested_are_named(reports):
     facts = task_of(recordings(200)[0], y).facts
     assert facts["tested"] == 2 and facts["untested"]["validation"] == facts["untested"]["test"]
     assert len(facts["untested"]["test"]) == 40
-    text = as_if(reports, facts, 42).measured()
-    assert "42 classes, of which 2 have test samples." in text
+    text = report.render(as_if(reports, facts, 42), "measured")
+    assert "42 classes; with test samples: 2." in text
     assert "Without a test sample, and so no part of test scores: “0”, “1”, “2” and 37 more." in text
 
 
@@ -295,12 +296,14 @@ def test_a_rule_that_names_the_largest_class_must_be_beaten_too(reports):
     question = dict(task=task, space=hp | {"lr": [1e-4, 1e-3]}, budget=Budget(2, 2))
     study = search.open_study("skewed", **question, sampler="random")
     search.run_trials(study, 2, **question, device="cpu")
-    r = findings.load("skewed")
-    best, level, others = report.best_rule(r.baselines)
-    assert level == max(rules.values()) and best == "always naming the largest class" and "linear rule" in others
-    assert f"**The best accuracy is not distinguishable from {best}**" in r.key_findings()
-    assert r.best_parameters().count("- **Balanced validation accuracy**: ") == 2
-    assert "| Balanced (%) |" in r.all_trials() and "The largest class has 89 % of the samples" in r.measured()
+    r = report.load("skewed")
+    best = RULES[r.rule.name]
+    assert r.rule.accuracy == max(rules.values()) and "linear rule" in r.rule.others
+    assert best == "always naming the largest class"
+    assert f"**The best accuracy is not distinguishable from {best}**" in report.render(r, "key_findings")
+    assert report.render(r, "best_parameters").count("- **Balanced validation accuracy**: ") == 2
+    assert "| Balanced (%) |" in report.render(r, "all_trials")
+    assert "The largest class has 89 % of the samples" in report.render(r, "measured")
     for row in r.trials.itertuples():
         assert row.val_balanced_accuracy == pytest.approx(0.5, abs=0.2) and row.val_accuracy > 0.7
 

@@ -6,8 +6,10 @@ import pickle
 import re
 import shutil
 import subprocess
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import jinja2
 import matplotlib.pyplot as plt
 import numpy as np
 import optuna
@@ -16,8 +18,12 @@ import pytest
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from ctbprn_lib import InputError, evidence, figures, report, scoring, search, storage, tasks
+from ctbprn_lib import InputError, evidence, report, scoring, search, storage, tasks
+from ctbprn_lib.audit import simulate
+from ctbprn_lib.confirm import choose_best
 from ctbprn_lib.model import CTBPRN
+from ctbprn_lib.report import facts, figures
+from ctbprn_lib.report import text as form
 from ctbprn_lib.train import Budget
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +65,51 @@ def made(reports, n_trials=14, n_replicas=3, name="made", failed=True, slope=-0.
     return study
 
 
+def made_up(outside="x", **changes):
+    """Facts of a confirmed study that no database holds; outside stands wherever a name from outside can stand."""
+    rows = []
+    for number, state in enumerate(["complete", "complete", "complete", "pruned", "fail"]):
+        row = {"trial": number, "state": state, "failure": outside if state == "fail" else ""}
+        row |= dict(lr=1e-3, d=32, rank=4, temperature=1.0, batch_size=8, seq_len=64, n_steps=10, train_seconds=1.0)
+        row |= dict(peak_mem_mib=50 + number, n_parameters=1000, n_diverged=int(number == 1))
+        row |= dict(sampler="tpe", pruner="none", precision="fp32")
+        row |= dict.fromkeys(("device", "torch", "optuna", "python", "commit"), outside)
+        for name in search.SCORES:
+            row |= {name: 0.8 - number / 100, f"{name}_low": 0.7, f"{name}_high": 0.9}
+        rows.append(row | {"val_ce_0": 0.8, "val_ce_1": 0.75 + number / 50})
+    task = {"task": outside, "n_areas": 2, "n_tokens": 128, "n_features": 4, "n_classes": 3}
+    question = {"task": task, "space": search.default_space(tasks.RoutingTask()), "objective": "val_ce", "seed": 0}
+    question["budget"] = asdict(Budget(100, 2))
+    samples = {"copies": {"train": 1}, "grouped": True, "untested": {"test": [outside] * 5}, "tested": 1, "constant": 1,
+               "n_features": 4, "largest_share": 0.9, "given": outside}  # fmt: skip
+    baselines = {"majority class": 0.5, "linear rule": 0.9}
+    made = facts.Facts("made-up", question, task, samples, baselines, pd.DataFrame(rows), ((5, "fail", outside),), {})
+    runs = simulate.runs(4, np.random.default_rng(0)).assign(
+        **dict.fromkeys(("device", "torch", "commit"), outside), train_seconds=1.0
+    )
+    runs = runs.assign(test_balanced_accuracy=0.5, peak_mem_mib=runs["d"], n_parameters=1000)
+    runs = runs.replace({"role": {"trial 7": "trial 1", "trial 3": "trial 0"}})
+    runs = runs.replace({"base": {"trial 7": "trial 1", "trial 3": "trial 0"}})
+    about = dict(n_seeds=4, n_test=8192, n_top=3, seed=0, best=choose_best(runs))
+    about["largest_batch"] = {"batch_size": 64, "free_mib": 100, "tried_twice": True}
+    made = replace(made, **changes)
+    return made, replace(made, confirmed=facts.confirmed(made, runs, about))
+
+
+def test_the_whole_template_is_filled_by_facts_that_no_database_holds():
+    for made in made_up("routing"):
+        for section in report.sections():
+            text = report.render(made, section)
+            assert text and not re.search(r"nan\b|None|[{}]{2}|\d\.\d{6}|  ", text), (section, text)
+
+
+def test_a_name_that_the_facts_do_not_have_is_an_error():
+    with pytest.raises(jinja2.UndefinedError, match="'dict object' has no attribute 'task'"):
+        report.render(replace(made_up()[0], task={}), "summary")
+    with pytest.raises(AttributeError):
+        report.render(made_up()[0], "no_such_section")
+
+
 @pytest.fixture
 def folder(reports):
     return reports
@@ -75,9 +126,9 @@ def whole(tmp_path_factory):
         patch.setattr(storage, "REPORTS", tmp_path_factory.mktemp("reports"))
         patch.delenv("CTBPRN_STORAGE", raising=False)
         made(None)
-        r = report.Report("made")
-        r.raw_data()
-    csv = pd.read_csv(r.folder / "optuna_results_detailed.csv")
+        r, folder = report.load("made"), storage.study_folder("made")
+        report.write_tables(r, folder)
+    csv = pd.read_csv(folder / "optuna_results_detailed.csv")
     return r, csv[csv["state"] == "complete"]
 
 
@@ -94,7 +145,7 @@ def like_the_best(done):
 def test_every_number_of_the_findings_is_recomputed_from_the_csv(whole):
     r, done = whole
     best, accurate = done.loc[done["val_ce"].idxmin()], done.loc[done["val_accuracy"].idxmax()]
-    text = r.key_findings()
+    text = report.render(r, "key_findings")
     first = text.splitlines()[0]
     ce = [best[f"val_ce{end}"] for end in ("", "_low", "_high")]
     accuracy = [100 * best[f"val_accuracy{end}"] for end in ("", "_low", "_high")]
@@ -113,7 +164,7 @@ def test_every_number_of_the_findings_is_recomputed_from_the_csv(whole):
 
 def test_the_best_parameters_under_a_title_are_those_of_the_trial_that_is_best_by_it(whole):
     r, done = whole
-    _, by_accuracy, by_ce = r.best_parameters().split("### For Best ")
+    _, by_accuracy, by_ce = report.render(r, "best_parameters").split("### For Best ")
     for text, title, trial in (
         (by_accuracy, "Validation Accuracy", done.loc[done["val_accuracy"].idxmax()]),
         (by_ce, "CE Loss", done.loc[done["val_ce"].idxmin()]),
@@ -122,14 +173,14 @@ def test_the_best_parameters_under_a_title_are_those_of_the_trial_that_is_best_b
         assert f"**Validation accuracy**: {100 * trial['val_accuracy']:.1f} % [" in text
         assert f"**Validation CE**: {trial['val_ce']:.3f} [" in text
         for name in r.names:
-            assert f"- **{report.NAMES[name]}**: {report.value(name, trial[name])}" in text.splitlines()
+            assert f"- **{form.NAMES[name]}**: {form.setting(trial[name], name)}" in text.splitlines()
 
 
 RULES = [("linear rule", "majority class"), ("majority class", "linear rule")]
 
 
 @pytest.mark.parametrize(("rule", "worse"), RULES)
-def test_the_best_rule_is_above_or_below_the_best_accuracy_only_outside_both_intervals(whole, monkeypatch, rule, worse):
+def test_the_best_rule_is_above_or_below_the_best_accuracy_only_outside_both_intervals(whole, rule, worse):
     r, done = whole
     best = done.loc[done["val_accuracy"].idxmax()]
     samples = proportion_confint(round(2048 * best["val_accuracy"]), 2048, method="wilson")
@@ -137,11 +188,11 @@ def test_the_best_rule_is_above_or_below_the_best_accuracy_only_outside_both_int
     between = "not distinguishable from"
     for level, word in ((min(lows) - 0.001, "above"), (np.mean(lows), between), (best["val_accuracy"], between),
                         (np.mean(highs), between), (max(highs) + 0.001, "below")):  # fmt: skip
-        monkeypatch.setattr(r, "baselines", {worse: level - 0.1, rule: level})
-        said = [line for line in r.key_findings().splitlines() if ". **The best accuracy is " in line]
-        expected = f"is {word} {report.RULES[rule]}**, the best simple rule, which scores {100 * level:.1f} % on test"
+        r = replace(r, baselines={worse: level - 0.1, rule: level})
+        said = [line for line in report.render(r, "key_findings").splitlines() if ". **The best accuracy is " in line]
+        expected = f"is {word} {form.RULES[rule]}**, the best simple rule, which scores {100 * level:.1f} % on test"
         assert len(said) == 1 and expected in said[0]
-        assert f" samples ({report.RULES[worse]} {100 * (level - 0.1):.1f} %): " in said[0]
+        assert f" samples ({form.RULES[worse]} {100 * (level - 0.1):.1f} %): " in said[0]
         assert "2,048 validation samples leave it [{:.1f}, {:.1f}]".format(*(100 * x for x in samples)) in said[0]
 
 
@@ -152,11 +203,12 @@ def test_the_cheapest_trial_that_cannot_be_told_from_the_best_is_named(whole):
     best, cheapest = done["val_ce"].idxmin(), cost[like_the_best(done.reset_index())].idxmin()
     assert cost[cheapest] < 0.9 * cost[best]  # or there would be nothing to say
     said = f"Trial {cheapest} cannot be told from it by CE and costs {100 * cost[cheapest] / cost[best]:.0f} % as much"
-    assert said in r.recommendations() and f"Start from trial {best}: " in r.recommendations()
+    text = report.render(r, "recommendations")
+    assert said in text and f"Start from trial {best}: " in text
 
 
 def test_the_table_holds_every_trial_rounded_as_people_read(whole):
-    text = whole[0].all_trials()
+    text = report.render(whole[0], "all_trials")
     rows = [line for line in text.splitlines() if re.match(r"\| \d", line)]
     assert len(rows) == 14
     assert not re.search(r"\d\.\d{6}", text)
@@ -175,16 +227,16 @@ def end_of(entry, x):
 @pytest.mark.parametrize("slope", [-0.08, 0.08])  # the best has the largest lr, and the smallest
 def test_a_recommendation_needs_a_decided_trend_and_goes_its_way(folder, slope):
     made(folder, 16, failed=False, slope=slope)
-    r = report.Report("made")
+    r = report.load("made")
     best, expected = r.complete.loc[r.complete["val_ce"].idxmin()], []
-    for name in r.trends.index[r.trends["p_holm"] < 0.05]:
+    for name in (trend["hyperparameter"] for trend in r.trends if trend["p_holm"] < 0.05):
         falls = stats.spearmanr(r.complete[name], r.complete["val_ce"]).statistic < 0
         word, end = ("larger", "upper") if falls else ("smaller", "lower")
-        assert f"**{report.NAMES[name]}: {word} values go with better trials**" in r.key_findings()
+        assert f"**{form.NAMES[name]}: {word} values go with better trials**" in report.render(r, "key_findings")
         if end_of(r.space[name], best[name]) == end and not (name == "seq_len" and best[name] == 128):
-            there = f"the best value, {report.value(name, best[name])}, lies at the {end} end of its range"
-            expected.append(f"- {report.NAMES[name]}: {there}; extend it.")
-    further = r.recommendations().split("### For Further Optimization")[1].split("###")[0]
+            there = f"the best value, {form.setting(best[name], name)}, lies at the {end} end of its range"
+            expected.append(f"- {form.NAMES[name]}: {there}; extend it.")
+    further = report.render(r, "recommendations").split("### For Further Optimization")[1].split("###")[0]
     assert [line for line in further.splitlines() if "the best value" in line] == expected
     assert expected[0].startswith("- Learning rate: ")
     assert "Router rank" in next(line for line in further.splitlines() if "Not decided" in line)
@@ -194,15 +246,15 @@ def test_a_recommendation_needs_a_decided_trend_and_goes_its_way(folder, slope):
 @pytest.mark.parametrize(("n_trials", "n_replicas"), [(1, 1), (2, 2), (14, 3)])
 def test_small_and_other_studies_have_every_section_too(folder, asked, n_trials, n_replicas):
     made(folder, n_trials, n_replicas, failed=n_trials > 3, **asked)
-    r = report.Report("made")
+    r = report.load("made")
     pieces = "summary best_parameters all_trials key_findings recommendations measured undecided reproduce raw_data"
     for piece in pieces.split():
-        text = getattr(r, piece)()
+        text = report.render(r, piece)
         assert text and "nan" not in text, piece
     assert set(r.importance["name"]) <= {*r.names, search.PLACEBO}
     score, better = ("val_accuracy", max) if asked["objective"] == "val_accuracy" else ("val_ce", min)
     complete = r.trials[score].where(r.trials["state"] == "complete").dropna()
-    assert list(r.running_best()) == [better(complete.loc[:number]) for number in range(n_trials)]
+    assert list(r.running_best) == [better(complete.loc[:number]) for number in range(n_trials)]
 
 
 def test_a_study_without_a_complete_trial_says_why(folder):
@@ -212,12 +264,12 @@ def test_a_study_without_a_complete_trial_says_why(folder):
     trial.set_user_attr("failure", "all 3 replicas diverged")
     study.tell(trial, state=optuna.trial.TrialState.FAIL)
     with pytest.raises(InputError, match="no complete trial: all 3 replicas diverged"):
-        report.Report("made")
+        report.load("made")
 
 
 def test_the_pickle_is_the_study_and_holds_no_way_to_a_database(folder):
     made(folder)
-    report.Report("made").raw_data()
+    report.write_study("made", "", folder / "made")
     content = (folder / "made" / "optuna_studies" / "ctbprn_study.pkl").read_bytes()
     assert b"sqlite" not in content
     assert len(pickle.loads(content).trials) == 14
@@ -246,7 +298,7 @@ def published(project, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "REPORTS", project / "reports")
         made(project / "reports")
-    done = project.python("-c", "from ctbprn_lib.publish import publish; publish('made')")
+    done = project.python("-c", "from ctbprn_lib.report.publish import publish; publish('made')")
     assert done.returncode == 0, done.stderr
     return project / "reports" / "made"
 
@@ -342,8 +394,8 @@ def test_the_saved_networks_score_what_their_files_say():
 
 
 def test_text_from_outside_stays_text():
-    assert report.escape("<b>|`*_[x]") == "".join(f"&#{ord(c)};" if not c.isalnum() else c for c in "<b>|`*_[x]")
-    assert "\n" not in report.escape("a\nb") and "\x1b" not in report.escape("\x1b[31m")
+    assert form.outside("<b>|`*_[x]") == "".join(f"&#{ord(c)};" if not c.isalnum() else c for c in "<b>|`*_[x]")
+    assert "\n" not in form.outside("a\nb") and "\x1b" not in form.outside("\x1b[31m")
 
 
 @pytest.mark.parametrize("asked", [
@@ -351,7 +403,7 @@ def test_text_from_outside_stays_text():
 ])  # fmt: skip
 def test_the_command_of_the_report_asks_what_the_study_asked(reports, asked):
     study = made(reports, **asked)
-    words = report.Report("made").reproduce().split("papermill", 1)[1].split()
+    words = report.render(report.load("made"), "reproduce").split("papermill", 1)[1].split()
     given = dict(zip(words[3::3], words[4::3], strict=False))
     assert words[2:-1:3] == ["-p"] * len(given)
     how = study.marks | {"objective": asked.get("objective", "val_ce"), "seed": str(asked.get("seed", 0))}

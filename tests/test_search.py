@@ -8,7 +8,8 @@ import optuna
 import pytest
 from crew import SPACE
 
-from ctbprn_lib import InputError, confirm, figures, findings, search, storage, tasks
+from ctbprn_lib import InputError, confirm, report, search, storage, tasks
+from ctbprn_lib.report import figures
 from ctbprn_lib.train import Budget
 
 BUDGET = Budget(4, 2, n_evals=2, n_validation=32)
@@ -217,10 +218,10 @@ def test_a_hyperparameter_that_was_added_is_searched_trained_ablated_and_reporte
     space = search.load_space(tmp_path / "space.yaml", small_task)
     question = dict(task=small_task, space=space, budget=Budget(3, 2, n_evals=1, n_validation=32))
     search.run_trials(search.open_study("decay", **question), 3, **question, device="cpu")
-    r = findings.load("decay")
+    r = report.load("decay")
     decays = r.trials["weight_decay"]
     assert decays.between(0, 0.3).all() and decays.nunique() == 3
-    assert f"- **Weight decay**: {decays[r.by_ce['trial']]:g}\n" in r.best_parameters() + "\n"
+    assert f"- **Weight decay**: {decays[r.by_ce['trial']]:g}\n" in report.render(r, "best_parameters") + "\n"
     base = confirm.Run("trial 0", search.hyperparameters(r.trials.iloc[0]), 3)
     levels = {run.level for run in confirm.ablations(base, space, small_task) if run.factor == "weight_decay"}
     assert levels >= {0.0, 0.01, 0.1, 0.3, base.hyperparameters.weight_decay}

@@ -6,9 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ctbprn_lib import search, tasks, verdicts
+from ctbprn_lib import report as reports_of
+from ctbprn_lib import search, tasks
 from ctbprn_lib.audit import simulate
-from ctbprn_lib.verdicts import BETTER, REFUTED, SAME, SUPPORTED, UNDECIDED, WORSE, Evidence
+from ctbprn_lib.evidence import BETTER, REFUTED, SAME, SUPPORTED, UNDECIDED, WORSE
+from ctbprn_lib.report import comparisons, tables, text
+from ctbprn_lib.report.comparisons import CLAIMS, Comparisons, Decision
+from ctbprn_lib.report.text import claims_table
 
 GOLDEN = Path(__file__).parent / "golden"
 NOTHING_MATTERS = 100  # simulated reports
@@ -16,19 +20,19 @@ SPACE = search.default_space(tasks.RoutingTask())
 
 
 def report(n_seeds=8, seed=0, **kwargs):
-    return Evidence(simulate.runs(n_seeds, np.random.default_rng(seed), **kwargs))
+    return Comparisons(simulate.runs(n_seeds, np.random.default_rng(seed), **kwargs))
 
 
 def verdict_of(made, claim):
-    rows = made.claims().set_index("claim")
+    rows = claims_table(made.claims()).set_index("claim")
     return next(row["verdict"] for quote, row in rows.iterrows() if claim in quote)
 
 
 def test_every_claim_of_the_original_is_quoted():
-    text = (GOLDEN / "published_report.md").read_text()
-    claims = text.split("## Key Findings")[1].split("## Generated Plots")[0]
+    page = (GOLDEN / "published_report.md").read_text()
+    claims = page.split("## Key Findings")[1].split("## Generated Plots")[0]
     lines = [line.strip()[2:] for line in claims.splitlines() if line.strip().startswith("- ")]
-    assert [quote for quote, _, _ in verdicts.CLAIMS] == lines and len(lines) >= 14
+    assert [claim.quote for claim in CLAIMS] == lines and len(lines) >= 14
 
 
 def test_where_nothing_matters_hardly_any_report_says_that_something_does():
@@ -69,7 +73,7 @@ def test_verdicts_follow_the_effects():
 
 
 def test_an_undecided_claim_says_how_many_seeds_would_decide_it():
-    claims = report(spread=1.0).claims()
+    claims = claims_table(report(spread=1.0).claims())
     undecided = claims[claims["verdict"] == UNDECIDED]
     assert len(undecided) and undecided["detail"].str.contains(r"about \d+ seeds a level would decide it").all()
     made = report()
@@ -87,38 +91,38 @@ def test_an_effect_that_needs_few_seeds_is_still_not_decided_by_those_there_are(
 def test_what_no_run_can_decide_is_not_tested_yet_unless_another_record_decides_it():
     made = report()
     assert verdict_of(made, "Current configuration uses") == "not tested yet"
-    quote = verdicts.SCORED
-    claims = made.claims({quote: (REFUTED, "as measured")}).set_index("claim")
-    assert tuple(claims.loc[quote, ["verdict", "detail"]]) == (REFUTED, "as measured")
+    decided = Decision(REFUTED, "routing")
+    claims = made.claims({"published_accuracy": decided})
+    assert [claim.record for claim, decision in claims.items() if decision is decided] == ["published_accuracy"]
     lacking = simulate.runs(8, np.random.default_rng(0))
     lacking = lacking[~((lacking["factor"] == "rank") & (lacking["level"] == 32))]
-    assert verdict_of(Evidence(lacking), "Router rank of 16") == "not tested yet"
+    assert verdict_of(Comparisons(lacking), "Router rank of 16") == "not tested yet"
 
 
 def test_a_decided_p_is_printed_as_decided():
     test = dict(score="test_accuracy", effect=0.01, low=0.005, high=0.015)
-    said = {p: verdicts.effect(test | {"p_holm": p}).split("p ")[1] for p in (0.0496, 0.0504, 0.0002, 0.2)}
+    said = {p: text.effect(test | {"p_holm": p}).split("p ")[1] for p in (0.0496, 0.0504, 0.0002, 0.2)}
     assert said == {0.0496: "= 0.0496", 0.0504: "= 0.050", 0.0002: "< 0.001", 0.2: "= 0.200"}
 
 
 def test_few_test_samples_show_no_equivalence():
     runs = simulate.runs(8, np.random.default_rng(0), spread=0.05)
-    assert (Evidence(runs, 8192).tests["verdict"] == SAME).any()
-    few = Evidence(runs, 40).tests
+    assert (Comparisons(runs, 8192).tests["verdict"] == SAME).any()
+    few = Comparisons(runs, 40).tests
     assert not (few["verdict"] == SAME).any() and few["p_equivalence"].isna().all()
 
 
 def test_levels_of_a_base_that_failed_are_left_out():
     runs = simulate.runs(8, np.random.default_rng(0))
     assert "published trial 2" in set(runs["base"])
-    kept = Evidence(runs[runs["role"] != "published trial 2"])
+    kept = Comparisons(runs[runs["role"] != "published trial 2"])
     assert {base for base, _ in kept.ablated()} == {kept.base}
 
 
 def test_the_published_best_is_compared_by_seeds_that_did_not_choose_the_best():
     made = report()
-    (test,) = made.of(verdicts.Contrast("", "role", (verdicts.TRIAL_2,), (verdicts.BEST,)))
-    fresh = [made.again(role)["test_accuracy"] for role in (verdicts.TRIAL_2, made.base)]
+    (test,) = made.of(comparisons.Contrast("", "role", (comparisons.TRIAL_2,), (comparisons.BEST,)))
+    fresh = [made.again(role)["test_accuracy"] for role in (comparisons.TRIAL_2, made.base)]
     assert test["effect"] == pytest.approx(fresh[0].mean() - fresh[1].mean())
     assert (fresh[1] != made.group("", "role", made.base)["test_accuracy"]).all()
 
@@ -153,15 +157,14 @@ def test_the_next_space_drops_what_is_dead_extends_what_is_better_and_leaves_the
 def test_where_test_samples_are_too_few_no_number_of_seeds_is_promised():
     """40 test samples cannot show that two accuracies lie within a point, however many seeds there are."""
     runs = simulate.runs(8, np.random.default_rng(0), {("rank", 4): -0.03}, spread=0.6)
-    few, many = Evidence(runs, n_test=40), Evidence(runs)
+    few, many = Comparisons(runs, n_test=40), Comparisons(runs)
     test = few.tests.iloc[0].to_dict() | {"sd": 0.02, "paired": False}
     assert not few.sees_margin and many.sees_margin
     same, other = test | {"effect": 1e-5}, test | {"effect": -0.015}
-    assert (
-        few.what_decides([same])
-        == few.what_decides([other, same])
-        == "more test samples, not more seeds, would decide it"
-    )
+    assert few.seeds_needed([same]) == few.seeds_needed([other, same]) == np.inf
+    nothing = Decision(UNDECIDED, "tests", {"tests": [same], "at_trial_2": [False], "seeds": np.inf})
+    detail = reports_of.render(None, "claim_detail", nothing)
+    assert detail.endswith(", more test samples, not more seeds, would decide it")
     assert few.seeds_needed([other]) == many.seeds_needed([other]) < 200 > many.seeds_needed([same])
 
 
@@ -172,11 +175,12 @@ def test_the_reproduction_decides_two_claims():
         return pd.DataFrame({"test_accuracy": rng.normal(accuracy, 0.01, 20), "test_ce": rng.normal(ce, 0.01, 20)})
 
     def words(one, two):
-        return [verdict for verdict, _ in verdicts.from_reproduction(one, two, 0.7813).values()]
+        return [decision.verdict for decision in comparisons.from_reproduction(one, two, 0.7813).values()]
 
     low, high = scores(0.55, 0.68), scores(0.60, 0.67)
     assert words(low, high) == [REFUTED, REFUTED]
-    said = verdicts.from_reproduction(low, high, 0.7813)[verdicts.SCORED][1]
+    decision = comparisons.from_reproduction(low, high, 0.7813)["published_accuracy"]
+    said = reports_of.render(None, "claim_detail", decision)
     assert said.startswith("it was measured,") and "does not hold on fresh samples: " in said
     assert words(scores(0.55, 0.60), high)[1] == SUPPORTED and words(high, high)[1] == UNDECIDED
     assert words(low, scores(0.7813, 0.6))[0] == SUPPORTED
@@ -187,19 +191,19 @@ def test_the_reproduction_decides_two_claims():
 def test_a_comparison_is_said_once_and_claims_that_share_theirs_are_counted():
     """Where the best is the published trial 2, the claims about it and about the best are one."""
     made = report(seed=1, effects={("seq_len", 32): -0.05, ("seq_len", 64): -0.05}, spread=0.05)
-    assert made.base == verdicts.TRIAL_2
-    details = made.claims().set_index("claim")["detail"]
+    assert made.base == comparisons.TRIAL_2
+    details = claims_table(made.claims()).set_index("claim")["detail"]
     twice = details["Sequence length of 128 consistently better than shorter sequences"]
     assert twice == details["Keep sequence length at 128 for best results"] + " (the best is published trial 2)"
-    three = [quote for quote, _, _ in verdicts.CLAIMS if "equence length" in quote]
-    assert made.shared(three) == len(three) == 3 and made.shared(three[:1]) == made.shared([verdicts.SCORED]) == 0
+    three = [claim.quote for claim in CLAIMS if "equence length" in claim.quote]
+    assert made.shared(three) == len(three) == 3 and made.shared(three[:1]) == made.shared([CLAIMS[6].quote]) == 0
 
 
 def test_recorded_verdicts_are_read_back_and_newer_ones_win(reports):
-    quotes = [quote for quote, _, _ in verdicts.CLAIMS]
-    assert {row[2] for row in verdicts.recorded_claims("made", {})} == {"not tested yet"}
+    quotes = [claim.quote for claim in CLAIMS]
+    assert {row[2] for row in tables.recorded_claims("made", {})} == {"not tested yet"}
     (reports / "made").mkdir()
-    report().claims().to_csv(reports / "made" / "claims.csv", index=False)
-    rows = list(verdicts.recorded_claims("made", {verdicts.SCORED: (REFUTED, "newer")}))
+    claims_table(report().claims()).to_csv(reports / "made" / "claims.csv", index=False)
+    rows = list(tables.recorded_claims("made", {"published_accuracy": Decision(REFUTED)}))
     assert [row[0] for row in rows] == quotes
-    assert rows[6][2:] == (REFUTED, "newer") and rows[1][2] in (SAME, UNDECIDED)
+    assert rows[6][2:] == (REFUTED, "") and rows[1][2] in (SAME, UNDECIDED)

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from ctbprn_lib import InputError, files
+from ctbprn_lib.report.comparisons import TRIAL_2
 from ctbprn_lib.train import TABLE, Hyperparameters
-from ctbprn_lib.verdicts import TRIAL_2
 
 ACCURACY = 0.97  # mean test accuracy of a configuration to which no effect is added
 CE_PER_ERROR = 2.4  # nats of simulated cross-entropy for an error of 1

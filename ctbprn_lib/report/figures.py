@@ -3,10 +3,15 @@
 Colours: Okabe and Ito's palette, which colour-blind readers can tell apart.
 """
 
+from collections.abc import Mapping, Sequence
+
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+from numpy.typing import ArrayLike
 
 from ctbprn_lib import files
 from ctbprn_lib.search import PLACEBO
@@ -41,10 +46,13 @@ STYLE = {
 }
 mpl.rcdefaults()  # pictures are the same whatever the user's own matplotlibrc says
 mpl.rcParams.update(STYLE)
+FEW = 6  # trials, of which each has its number beside it
 LONGEST_NAME = 30  # characters of a name from outside that a picture has room for
 
 
-def scatter(ax, trials, x, y, color=BLUE, label=None, annotate=True):
+def scatter(
+    ax: Axes, trials: pd.DataFrame, x: str, y: str, color: str = BLUE, label: str | None = None, annotate: bool = True
+) -> Axes:
     """One point a trial with its interval over replicas, where the columns <name>_low and <name>_high hold one."""
     xs, ys = _scaled(trials, x), _scaled(trials, y)
     ax.errorbar(xs, ys, xerr=_bars(trials, x), yerr=_bars(trials, y), fmt="o", ms=5, lw=1, color=color, label=label)
@@ -52,12 +60,17 @@ def scatter(ax, trials, x, y, color=BLUE, label=None, annotate=True):
     if x == "lr":
         _log_axis(ax)
     if annotate:
-        best = ys if y.endswith("accuracy") else -ys
-        _numbers(ax, trials["trial"], xs, ys, best if len(ys) > 6 else None)
+        _numbers(ax, trials, x, y)
     return ax
 
 
-def learning_curves(ax, steps, curves, name, references=None):
+def learning_curves(
+    ax: Axes,
+    steps: Sequence[int],
+    curves: Mapping[str, ArrayLike],
+    name: str,
+    references: Mapping[str, float] | None = None,
+) -> Axes:
     """curves {label: (evaluations, R)}: the mean over replicas and a band from the lowest to the highest replica.
 
     references {label: value}: horizontal lines in the units of the curves.
@@ -74,7 +87,7 @@ def learning_curves(ax, steps, curves, name, references=None):
     return ax
 
 
-def history(ax, trials, score, best):
+def history(ax: Axes, trials: pd.DataFrame, score: str, best: np.ndarray) -> Axes:
     """Every trial's score with its interval in the order they ran, and the running best (an array, one a trial)."""
     for state, color in (("complete", BLUE), ("pruned", ORANGE)):
         part = trials[trials["state"] == state]
@@ -94,7 +107,7 @@ def history(ax, trials, score, best):
     return ax
 
 
-def slice_of(ax, trials, name, score, levels=None):
+def slice_of(ax: Axes, trials: pd.DataFrame, name: str, score: str, levels: Sequence[float] | None = None) -> Axes:
     """Score against one hyperparameter; levels: values to mark where it has a few."""
     scatter(ax, trials, name, score, annotate=False)
     if levels is not None:
@@ -104,7 +117,7 @@ def slice_of(ax, trials, name, score, levels=None):
     return ax
 
 
-def importance(ax, table):
+def importance(ax: Axes, table: pd.DataFrame) -> Axes:
     """Shares of evidence.importance as bars with intervals; the placebo is grey, and pale what does not beat it."""
     table = table.iloc[::-1]
     beats = zip(table["name"], table["beats_placebo"], strict=True)
@@ -117,13 +130,13 @@ def importance(ax, table):
     return ax
 
 
-def ablation(ax, panel, own, factor):
+def ablation(ax: Axes, panel: pd.DataFrame, own: float, factor: str) -> Axes:
     """Accuracy of each level (DataFrame of level, mean, low, high) with its interval; a ring around the level own."""
     at = np.arange(len(panel))
     bars = 100 * np.array([panel["mean"] - panel["low"], panel["high"] - panel["mean"]])
     ax.errorbar(at, 100 * panel["mean"], yerr=bars, fmt="o", ms=5, lw=1, color=BLUE)
-    mine = panel["level"].to_numpy() == own
-    ax.plot(at[mine], 100 * panel["mean"][mine], "o", ms=11, mfc="none", mec=RED, mew=2)
+    at_own = panel["level"].to_numpy() == own
+    ax.plot(at[at_own], 100 * panel["mean"][at_own], "o", ms=11, mfc="none", mec=RED, mew=2)
     ax.set_xticks(
         at,
         [f"{level:.3g}" if level < 1000 else f"{level:,.0f}" for level in panel["level"]],
@@ -133,7 +146,7 @@ def ablation(ax, panel, own, factor):
     return ax
 
 
-def parallel_coordinates(ax, trials, names, score):
+def parallel_coordinates(ax: Axes, trials: pd.DataFrame, names: list[str], score: str) -> Axes:
     """One line a trial over the hyperparameters in names, each axis from its lowest to its highest value.
 
     lr is on a logarithmic axis; the colour is the rank by the score (1 is best), and good trials are drawn last.
@@ -161,19 +174,21 @@ def parallel_coordinates(ax, trials, names, score):
     return ax
 
 
-def cost_and_accuracy(ax, trials, front, cost="train_seconds"):
+def cost_and_accuracy(ax: Axes, trials: pd.DataFrame, front: np.ndarray, cost: str = "train_seconds") -> Axes:
     """Accuracy against a cost column; front (n,) True marks the trials no other beats in both."""
     scatter(ax, trials[~front], cost, "val_accuracy", SKY, "beaten in both", annotate=False)
     best = trials[front].sort_values(cost)
     scatter(ax, best, cost, "val_accuracy", RED, "Pareto front", annotate=False)
     ax.step(best[cost], 100 * best["val_accuracy"], where="post", color=RED, lw=1)
     _log_axis(ax)
-    _numbers(ax, best["trial"], best[cost].to_numpy(), 100 * best["val_accuracy"].to_numpy())
+    _numbers(ax, best, cost, "val_accuracy")
     ax.legend(fontsize=9, loc="lower right")
     return ax
 
 
-def routing(ax, shares, row_names, area_names, title, ylabel):
+def routing(
+    ax: Axes, shares: ArrayLike, row_names: Sequence[str], area_names: Sequence[str], title: str, ylabel: str
+) -> Axes:
     """shares (rows,K): of the samples of a row (a true area or a class), how many per cent look at which area."""
     ax.imshow(100 * np.asarray(shares), vmin=0, vmax=100, cmap="cividis")
     for (i, j), share in np.ndenumerate(np.asarray(shares)):
@@ -188,18 +203,24 @@ def routing(ax, shares, row_names, area_names, title, ylabel):
     return ax
 
 
-def layer(ax, K):
+def layer(ax: Axes, K: int) -> Axes:
     """A drawing of one layer with K areas: what flows where, in the symbols of the equations."""
     ax.set(xlim=(0, 10.4), ylim=(0, 6.2))
     ax.axis("off")
 
-    def box(x, y, w, h, text, color):
+    def box(x: float, y: float, w: float, h: float, text: str, color: str) -> None:
         ax.add_patch(
             mpl.patches.FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0.05", fc=color, ec="black", alpha=0.3)
         )
         ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=10)
 
-    def arrow(start, end, label="", at=(0, 0), bend=0.0):
+    def arrow(
+        start: tuple[float, float],
+        end: tuple[float, float],
+        label: str = "",
+        at: tuple[float, float] = (0, 0),
+        bend: float = 0.0,
+    ) -> None:
         ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "connectionstyle": f"arc3,rad={bend}", "lw": 1.4})
         ax.text((start[0] + end[0]) / 2 + at[0], (start[1] + end[1]) / 2 + at[1], label, fontsize=9, ha="center")
 
@@ -217,7 +238,7 @@ def layer(ax, K):
     return ax
 
 
-def histogram(ax, groups, mark, mark_label, scale=100):
+def histogram(ax: Axes, groups: Mapping[str, ArrayLike], mark: float, mark_label: str, scale: float = 100) -> Axes:
     """Shares of values {label: (n,)} (times scale) in bins between them, and a line at mark."""
     everything = scale * np.concatenate([np.asarray(v) for v in groups.values()])
     distinct = np.unique(everything.round(6))
@@ -231,7 +252,7 @@ def histogram(ax, groups, mark, mark_label, scale=100):
     return ax
 
 
-def tuning_and_confirmed(ax, gaps):
+def tuning_and_confirmed(ax: Axes, gaps: pd.DataFrame) -> Axes:
     """Test accuracy of each confirmed trial against its tuning score, with intervals, and the line of equal scores."""
     scatter(ax, gaps, "val_accuracy", "test_accuracy")
     at = 100 * gaps["test_accuracy"].mean()
@@ -241,7 +262,7 @@ def tuning_and_confirmed(ax, gaps):
     return ax
 
 
-def against(ax, x, y, log=False):
+def against(ax: Axes, x: ArrayLike, y: ArrayLike, log: bool = False) -> Axes:
     """One point a pair, and the line on which both are equal."""
     ax.plot(x, y, "o", color=BLUE, alpha=0.7)
     ends = [min(np.min(x), np.min(y)), max(np.max(x), np.max(y))]
@@ -252,7 +273,7 @@ def against(ax, x, y, log=False):
     return ax
 
 
-def power(ax, sizes, shares):
+def power(ax: Axes, sizes: Sequence[float], shares: ArrayLike) -> Axes:
     """Share of reports that find an effect of each size (points); shares (sizes, 3): share, low, high."""
     share, low, high = 100 * np.asarray(shares).T
     ax.errorbar(sizes, share, yerr=np.clip([share - low, high - share], 0, None), fmt="o-", ms=5, lw=1, color=BLUE)
@@ -262,7 +283,7 @@ def power(ax, sizes, shares):
     return ax
 
 
-def growth(ax, sizes, throughput, memory, label):
+def growth(ax: Axes, sizes: Sequence[float], throughput: Sequence[float], memory: Sequence[float], label: str) -> Axes:
     """Replica-steps a second against a size, both logarithmic; beside each point its peak memory in MiB."""
     ax.loglog(sizes, throughput, "o-", ms=5, lw=1, color=BLUE)
     beside = (5, -11 if throughput[-1] > throughput[0] else 5)  # points: away from the line
@@ -278,14 +299,14 @@ def growth(ax, sizes, throughput, memory, label):
     return ax
 
 
-def legend_of_states(ax):
+def legend_of_states(ax: Axes) -> Axes:
     """A legend that says what points and bars are."""
     label = "trial: mean and 95 % interval over replicas"
     ax.legend(handles=[Line2D([], [], marker="o", ls="-", color=BLUE, label=label)], fontsize=9)
     return ax
 
 
-def _log_axis(ax):
+def _log_axis(ax: Axes) -> None:
     """A logarithmic x axis with plain numbers."""
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
@@ -293,39 +314,24 @@ def _log_axis(ax):
     ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
 
 
-# Where a number may stand, in points from its point: beside it, or out of a crowd at the end of a line.
-BESIDE = [(9, 9), (9, -9), (-9, 9), (-9, -9)]
-AWAY = [(r * dx, r * dy) for r in (24, 36, 48, 60) for dx, dy in ((-1, -1), (1, 1), (1, -1), (-1, 1), (0, -1), (-1, 0))]
+def _numbers(ax: Axes, trials: pd.DataFrame, x: str, y: str) -> None:
+    """The number of each trial beside its point; of many trials only the three best by y, at the end of a line."""
+    few = len(trials) <= FEW
+    best = trials.sort_values(y, ascending=not y.endswith("accuracy"))[: None if few else 3]
+    best = best.sort_values(y, ascending=False)  # labels one below the other, so that their lines do not cross
+    points = zip(best["trial"], _scaled(best, x), _scaled(best, y), strict=True)
+    for place, (number, *at) in enumerate(points):
+        offset = (9, -9 if place % 2 else 9) if few else (40, 16 * (1 - place))  # points
+        line = None if few else {"arrowstyle": "-", "color": GREY, "lw": 0.8}
+        ax.annotate(str(number), at, offset, textcoords="offset points", fontsize=9, va="center", arrowprops=line,
+                    zorder=5, bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5})  # fmt: skip
 
 
-def _numbers(ax, numbers, xs, ys, best=None, n_best=3):
-    """The trial's number beside a point, as far as there is room; with best (n,), larger is better, few of them:
-    those of the n_best, out of the crowd that they may stand in, and of points that stand alone."""
-    ax.figure.draw_without_rendering()  # or the axes have not their sizes yet
-    scale = 72 / ax.figure.dpi  # pixels to points
-    own = scale * ax.transData.transform(np.column_stack([xs, ys]))
-    drawn = [scale * ax.transData.transform(container[0].get_xydata()) for container in ax.containers]
-    taken, (low, high) = np.concatenate([own, *drawn]), scale * ax.get_window_extent().get_points()
-    order = range(len(own)) if best is None else np.argsort(-np.asarray(best), kind="stable")
-    for place, i in enumerate(order):
-        others = taken[(taken != own[i]).any(1)]
-        beside = best is None or (abs(others - own[i]) > 24).any(1).all()
-        for offset in BESIDE if beside else AWAY if place < n_best else ():
-            at = own[i] + offset
-            if (abs(others - at) > (12, 9)).any(1).all() and (at > low).all() and (at < high).all():
-                line = None if beside else {"arrowstyle": "-", "color": GREY, "lw": 0.8}
-                ax.annotate(str(list(numbers)[i]), (xs[i], ys[i]), offset, textcoords="offset points", fontsize=9,
-                            ha="center", va="center", arrowprops=line, zorder=5,
-                            bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5})  # fmt: skip
-                taken = np.vstack([taken, at])
-                break
-
-
-def _scaled(trials, name):
+def _scaled(trials: pd.DataFrame, name: str) -> np.ndarray:
     return trials[name].astype(float).to_numpy() * (100 if name.endswith("accuracy") else 1)
 
 
-def _bars(trials, name):
+def _bars(trials: pd.DataFrame, name: str) -> np.ndarray | None:
     if f"{name}_low" not in trials:
         return None
     middle, low, high = (_scaled(trials, name), *(trials[f"{name}_{end}"].to_numpy(float) for end in ("low", "high")))

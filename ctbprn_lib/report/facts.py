@@ -1,0 +1,672 @@
+"""A study as plain values, read once from its record: what a report's sentences and pictures are made of.
+
+Facts holds what the trials show. Its field confirmed holds what confirm.ipynb added, or None.
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+from numpy.typing import ArrayLike
+from scipy import optimize
+
+from ctbprn_lib import InputError, confirm, evidence, files, published, search, storage, workers
+from ctbprn_lib.evidence import BETTER, LEVEL, REFUTED, SAME, SUPPORTED, UNDECIDED, WORSE
+from ctbprn_lib.model import CTBPRN
+from ctbprn_lib.report.comparisons import (
+    BEST,
+    EQUAL_SAMPLES,
+    TRIAL_2,
+    Claim,
+    Comparisons,
+    Contrast,
+    Decision,
+    Test,
+    from_reproduction,
+)
+from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO
+from ctbprn_lib.tasks import RoutingTask
+from ctbprn_lib.train import Hyperparameters
+
+Interval = tuple[float, float, float]  # mean, low, high
+Row = dict[str, Any]
+GOAL = {"accuracy": 0.995, "ce": 0.02}  # this project's, on the routing task
+SHOW_BALANCED = 0.6  # share of the largest class above which accuracy says little by itself
+RULES = ("majority class", "linear rule")  # the simple rules that a result must beat, of a task's baselines
+SIZES = ["A_mib", "W_mib", "I_mib"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The best simple rule: its name, its accuracy on test samples, and {name: accuracy} of the others."""
+
+    name: str
+    accuracy: float
+    others: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The record of a tuning study.
+
+    question: its fingerprint (task, space, budget, objective, seed). samples: what is known of the samples of a task
+    that comes from recordings, {} for another task. baselines: {simple rule: accuracy on test samples}.
+    trials: search.records. foreign: (number, state, reason) of trials that other programs put into the study.
+    finished: {number: trial} as Optuna holds them. deleted: whether the storage also holds a confirmation of a deleted
+    study of the same name, which is left out. n_calls: how often the search was begun, by one worker or several.
+    has_database: whether the study lies in an SQLite file in its own folder.
+    """
+
+    name: str
+    question: dict[str, Any]
+    task: dict[str, Any]
+    samples: dict[str, Any]
+    baselines: dict[str, float]
+    trials: pd.DataFrame
+    foreign: tuple[tuple[int, str, str], ...]
+    finished: dict[int, optuna.trial.FrozenTrial]
+    deleted: bool = False
+    n_calls: int = 1
+    has_database: bool = False
+    confirmed: "Confirmed | None" = None
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        return self.question["budget"]
+
+    @property
+    def space(self) -> dict[str, Any]:
+        return self.question["space"]
+
+    @property
+    def names(self) -> list[str]:
+        """The hyperparameters that were searched."""
+        return [name for name in HYPERPARAMETERS if name in self.space]
+
+    @property
+    def score(self) -> str:
+        """The column of the score that the search was for."""
+        return "val_accuracy" if self.question["objective"] == "val_accuracy" else "val_ce"
+
+    @property
+    def show_balanced(self) -> bool:
+        return self.samples.get("largest_share", 0) > SHOW_BALANCED
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether a trial has several replicas, so that anything can be told apart."""
+        return self.budget["n_replicas"] > 1
+
+    @property
+    def n_enqueued(self) -> int:
+        """How many finished trials were put into the queue by hand, so that no sampler chose them."""
+        ended = [trial for trial in self.finished.values() if trial.state in workers.FINISHED]
+        return sum("fixed_params" in trial.system_attrs for trial in ended)
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the same command gives the same trials: what is suggested depends on what was there before."""
+        return self.n_calls == 1 and not self.n_enqueued and not self.foreign
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """{state: number of trials}."""
+        counts = self.trials["state"].value_counts()
+        return {state: int(counts[state]) for state in ("complete", "pruned", "fail", "running") if state in counts}
+
+    @cached_property
+    def complete(self) -> pd.DataFrame:
+        return self.trials[self.trials["state"] == "complete"].reset_index(drop=True)
+
+    @property
+    def by_accuracy(self) -> Row:
+        """The best complete trial by accuracy; on a tie that with the lower CE."""
+        ordered = self.complete.sort_values(["val_accuracy", "val_ce"], ascending=[False, True])
+        return ordered.to_dict("records")[0]
+
+    @property
+    def by_ce(self) -> Row:
+        """The best complete trial by CE."""
+        return self.complete.loc[[self.complete["val_ce"].idxmin()]].to_dict("records")[0]
+
+    @property
+    def n_validation(self) -> int:
+        """Samples of a score: all recordings of the split, or as many as the budget says where they can be made."""
+        return self.task.get("n_samples", {}).get("validation", self.budget["n_validation"])
+
+    @cached_property
+    def like_the_best(self) -> list[int]:
+        """Indices into complete of the best trial by CE and of those that cannot be told from it."""
+        scores = self.complete[[f"val_ce_{r}" for r in range(self.budget["n_replicas"])]].to_numpy()
+        best = int(self.complete["val_ce"].idxmin())
+        return evidence.like_the_best(scores, best) if self.has_seeds else [best]
+
+    @property
+    def same_trials(self) -> list[int]:
+        """Numbers of the other trials that cannot be told from the best by CE."""
+        return [int(self.complete.loc[i, "trial"]) for i in self.like_the_best[1:]]
+
+    @cached_property
+    def ended(self) -> pd.DataFrame:
+        """Complete and pruned trials with their standing: the longer one was let run the better, then by CE.
+
+        Pruned trials count too, or trends and importance would be those of the survivors.
+        """
+        ended = self.trials[self.trials["state"].isin(["complete", "pruned"])]
+        ended = ended.sort_values(["n_steps", "val_ce"], ascending=[False, True])
+        return ended.assign(standing=range(len(ended)))
+
+    @cached_property
+    def trends(self) -> list[Row]:
+        """evidence.trends of each hyperparameter with the trials' standing, with decided: whether there is a trend."""
+        table = evidence.trends(self.ended, self.names, "standing")
+        return table.assign(decided=table["p_holm"] < LEVEL).to_dict("records")
+
+    @property
+    def to_extend(self) -> list[tuple[str, str]]:
+        """(hyperparameter, end) where a decided trend runs into the end of the range at which the best value lies."""
+        found, best = [], self.by_ce
+        for trend in self.trends:
+            name, end = trend["hyperparameter"], "upper" if trend["rho"] < 0 else "lower"
+            no_more_tokens = name == "seq_len" and best[name] >= self.task["n_tokens"]
+            if trend["decided"] and not no_more_tokens and search.edge(self.space[name], best[name]) == end:
+                found.append((name, end))
+        return found
+
+    @cached_property
+    def cheapest(self) -> Row | None:
+        """Of the trials like the best the one with the least arithmetic a step; None unless that is below 90 %.
+
+        share: its arithmetic as a share of the best trial's. It is counted as parameters × tokens a step; unlike
+        seconds, that does not depend on what else the machine was doing.
+        """
+        cost = self.complete["n_parameters"] * self.complete["batch_size"] * self.complete["seq_len"]
+        cheapest, best = cost[self.like_the_best].idxmin(), self.like_the_best[0]
+        share = cost[cheapest] / cost[best]
+        return {"trial": self.complete.loc[cheapest, "trial"], "share": share} if share < 0.9 else None
+
+    @property
+    def largest(self) -> Row:
+        """The complete trial that took the most memory."""
+        return self.complete.loc[[self.complete["peak_mem_mib"].idxmax()]].to_dict("records")[0]
+
+    @property
+    def rule(self) -> Rule:
+        return best_rule(self.baselines)
+
+    @property
+    def beside_rule(self) -> tuple[str, float, float]:
+        """(word, low, high): whether the best accuracy is "above" or "below" the best simple rule, "" if neither.
+
+        It is so if the rule lies outside the interval over replicas and outside that over samples, low to high.
+        """
+        row, level = self.by_accuracy, self.rule.accuracy
+        low, high = evidence.sample_interval(row["val_accuracy"], self.n_validation)
+        ends = np.array([low, high, row["val_accuracy_low"], row["val_accuracy_high"]])
+        word = "above" if (level < ends).all() else ""
+        return "below" if (level > ends).all() else word, low, high
+
+    @property
+    def origin(self) -> str:
+        """Commit, versions and devices of the complete trials."""
+        columns = {"commit": "commit", "torch": "torch", "Optuna": "optuna", "Python": "python", "device": "device"}
+        return "; ".join(f"{name} {_distinct(self.complete[column])}" for name, column in columns.items())
+
+    def copies(self, split: str) -> int | None:
+        """How many samples of a split are exact copies of samples in other splits; None if nobody has counted."""
+        if self.task["task"] == "routing":  # drawn afresh
+            return 0
+        return self.samples.get("copies", {}).get(split)
+
+    @property
+    def searches(self) -> list[Row]:
+        """Every sampler and pruner that trials were made with, in the order of their first use."""
+        return self.trials.drop_duplicates(["sampler", "pruner"])[["sampler", "pruner"]].to_dict("records")
+
+    @property
+    def calls(self) -> list[Row]:
+        """The sampler and pruner of each call of the search, with n_trials, the number of trials at its end."""
+        ended = self.trials[self.trials["state"].isin(["complete", "pruned"])]
+        changed = (ended[["sampler", "pruner"]] != ended[["sampler", "pruner"]].shift()).any(axis=1).cumsum()
+        calls = []
+        for _, part in ended.groupby(changed):
+            n_trials = int((ended["trial"] <= part["trial"].max()).sum())
+            calls.append({"n_trials": n_trials} | part[["sampler", "pruner"]].iloc[0].to_dict())
+        return calls
+
+    @property
+    def curves(self) -> tuple[list[int], dict[str, dict[str, np.ndarray]]]:
+        """(steps, {score: {label: (evaluations, R)}}) of the two best and the two worst complete trials by CE."""
+        ordered = self.complete.sort_values("val_ce")["trial"].tolist()
+        chosen = {
+            f"trial {number}": self.finished[number].user_attrs for number in dict.fromkeys(ordered[:2] + ordered[-2:])
+        }
+        curves = {
+            name: {label: np.array(kept["curves"][name], dtype=float) for label, kept in chosen.items()}
+            for name in ("val_ce", "val_accuracy")
+        }
+        return next(iter(chosen.values()))["steps"], curves
+
+    @property
+    def running_best(self) -> np.ndarray:
+        """(trials,) the best score of the complete trials so far, NaN before the first."""
+        score = self.trials[self.score].where(self.trials["state"] == "complete")
+        return (score.cummax() if self.score == "val_accuracy" else score.cummin()).ffill().to_numpy()
+
+    @cached_property
+    def importance(self) -> pd.DataFrame:
+        """evidence.importance over the finished trials, ranked by their standing; empty for fewer than ten."""
+        if len(self.ended) < 10:
+            return pd.DataFrame(columns=["name", "importance", "low", "high", "beats_placebo"])
+        return evidence.importance([self.finished[number] for number in self.ended["trial"]], self.ended["standing"])
+
+    @property
+    def placebo_share(self) -> float:
+        return float(self.importance.set_index("name").loc[PLACEBO, "importance"])
+
+    @property
+    def important(self) -> list[Row]:
+        """Hyperparameters whose share of the importance beats the placebo's."""
+        shares = self.importance
+        return shares[(shares["name"] != PLACEBO) & shares["beats_placebo"].astype(bool)].to_dict("records")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One setting of base moved through its levels, all else equal.
+
+    own: the level of base itself. moved: {level: (accuracy test, CE test)} against it. means: accuracy at each level.
+    n_steps: {level: length of training}. of_the_best: whether base is the configuration that was ablated first.
+    """
+
+    base: str
+    factor: str
+    own: float
+    moved: dict[float, tuple[Test, Test]]
+    means: pd.DataFrame
+    n_steps: dict[float, int]
+    of_the_best: bool
+
+    @property
+    def has_decided(self) -> bool:
+        return bool(self.decided())
+
+    @property
+    def has_undecided(self) -> bool:
+        return bool(self.undecided())
+
+    def decided(self) -> list[Test]:
+        """Accuracy tests of levels that are better or worse."""
+        return [accuracy for accuracy, _ in self.moved.values() if accuracy["verdict"] in (BETTER, WORSE)]
+
+    def undecided(self) -> list[tuple[Test, Test]]:
+        """Both tests of levels whose accuracy is undecided."""
+        return [pair for pair in self.moved.values() if pair[0]["verdict"] == UNDECIDED]
+
+    def smaller_and_no_worse(self) -> Test | None:
+        """The accuracy test of the smallest level below own that loses nothing by accuracy or CE."""
+        for level, (accuracy, ce) in self.moved.items():
+            if level < self.own and accuracy["verdict"] in (SAME, BETTER) and ce["verdict"] != WORSE:
+                return accuracy
+        return None
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """What was trained again on fresh seeds.
+
+    runs, about: confirm.records. n_test: samples of a test score. tuned: search.records.
+    memory_table: measured_memory of all trainings, with predicted_mib of memory_rule, which is None for few of them.
+    decisions: {claim: its verdict}, None for another task than the original's. next_space: where to search next.
+    """
+
+    runs: pd.DataFrame
+    about: dict[str, Any]
+    n_test: int
+    tuned: pd.DataFrame
+    comparisons: Comparisons
+    memory_table: pd.DataFrame
+    memory_rule: "MemoryRule | None"
+    decisions: dict[Claim, Decision] | None
+    next_space: dict[str, Any]
+    is_original_task: bool
+
+    @property
+    def best(self) -> dict[str, str]:
+        """{"accuracy": role, "ce": role} of the best configurations, as confirm.ipynb chose and saved them."""
+        return self.about["best"]
+
+    def value(self, role: str, name: str) -> Any:
+        """A hyperparameter, or n_steps, of a configuration."""
+        return self.comparisons.group("", "role", role)[name][0]
+
+    def interval(self, role: str, name: str) -> Interval:
+        """A test score of a configuration, or of its ablation's own seeds for "again: role"."""
+        return evidence.mean_interval(self.comparisons.group("", "role", role)[name], nats=name == "test_ce")
+
+    def routed(self, role: str) -> Interval | None:
+        """(mean, lowest, highest) share of samples routed to the true area, over seeds; None if it is not known."""
+        shares = self.comparisons.group("", "role", role)["route_accuracy"]
+        return (shares.mean(), shares.min(), shares.max()) if shares.mean() >= 0 else None
+
+    def tuning_row(self, role: str) -> Row | None:
+        """The trial that a role "trial 3" names, or None."""
+        if not role.startswith("trial "):
+            return None
+        return self.tuned[self.tuned["trial"] == int(role.removeprefix("trial "))].to_dict("records")[0]
+
+    def others(self, score: str) -> tuple[int, list[str]]:
+        """(number of the other configurations, those that cannot be told from the best by this test score)."""
+        t = self.comparisons.tests
+        others = t[(t["kind"] == "confirmed") & (t["score"] == score)]
+        return len(others), others.loc[others["p_holm"] >= LEVEL, "a"].tolist()
+
+    @cached_property
+    def ablations(self) -> list[Ablation]:
+        e, found = self.comparisons, []
+        for base, factor in e.ablated():
+            n_steps = {level: e.group(base, factor, level)["n_steps"][0] for level in e.levels(base, factor)}
+            own, moved, means = e.own_level(base, factor), e.moved(base, factor), e.means(base, factor)
+            found.append(Ablation(base, factor, own, moved, means, n_steps, base == e.base))
+        return found
+
+    def ablation(self, factor: str) -> Ablation | None:
+        """The ablation of a factor at the best."""
+        return next((one for one in self.ablations if one.factor == factor and one.of_the_best), None)
+
+    @property
+    def published_best(self) -> Row | None:
+        """The published trial 2 beside the best, both by seeds that did not choose the best; None if it is the best."""
+        for test in self.comparisons.of(Contrast("", "role", (TRIAL_2,), (BEST,))):
+            interval = evidence.mean_interval(self.comparisons.again(TRIAL_2)["test_accuracy"])
+            return {"test": test, "interval": interval, "best": self.comparisons.base}
+        return None
+
+    def beside_rule(self, rule: Rule) -> str:
+        """Whether the best accuracy is "above" or "below" a rule, "" if neither; seeds and samples both leave room."""
+        mean, *ends = self.interval(self.best["accuracy"], "test_accuracy")
+        ends += evidence.sample_interval(mean, self.n_test)
+        if min(ends) > rule.accuracy:
+            return "above"
+        return "below" if max(ends) < rule.accuracy else ""
+
+    @property
+    def gaps(self) -> pd.DataFrame:
+        """One row for each confirmed trial: val_accuracy of its tuning and test_accuracy, with _low and _high."""
+        rows = []
+        for role in self.comparisons.roles:
+            if row := self.tuning_row(role):
+                names = ("test_accuracy", "test_accuracy_low", "test_accuracy_high")
+                now = dict(zip(names, self.interval(role, "test_accuracy"), strict=True))
+                then = {name: row[name] for name in ("val_accuracy", "val_accuracy_low", "val_accuracy_high")}
+                rows.append({"trial": row["trial"]} | then | now)
+        return pd.DataFrame(rows)
+
+    @property
+    def winners_curse(self) -> Row | None:
+        """By how much tuning scores lay above confirmed ones: interval, most, n_trials. None for fewer than two."""
+        gaps = self.gaps
+        if len(gaps) < 2:
+            return None
+        gap = evidence.compare(gaps["val_accuracy"], gaps["test_accuracy"], paired=True)
+        most = (gaps["val_accuracy"] - gaps["test_accuracy"]).max()
+        return {"interval": (gap.effect, gap.low, gap.high), "most": most, "n_trials": len(gaps)}
+
+    @property
+    def missed(self) -> dict[str, float]:
+        """By how much the project's goal is missed: {"accuracy": share, "ce": nats}, without what is reached."""
+        accuracy = self.comparisons.group("", "role", self.best["accuracy"])["test_accuracy"].mean()
+        ce = self.comparisons.group("", "role", self.best["ce"])["test_ce"].mean()
+        gaps = {"accuracy": GOAL["accuracy"] - accuracy, "ce": ce - GOAL["ce"]}
+        return {name: gap for name, gap in gaps.items() if gap > 0}
+
+    @property
+    def longer(self) -> Row | None:
+        """The longest training beside the best's own, if its CE is decided."""
+        ablation = self.ablation("n_steps")
+        longest = max(ablation.moved, default=0) if ablation else 0
+        if not ablation or longest < ablation.own:
+            return None
+        accuracy, ce = ablation.moved[longest]
+        if ce["p_holm"] >= LEVEL:
+            return None
+        scores = self.comparisons.group(ablation.base, "n_steps", longest)["test_accuracy"]
+        reached = evidence.mean_interval(scores)
+        return {"n_steps": longest, "own": ablation.own, "accuracy": accuracy, "ce": ce, "reached": reached}
+
+    @property
+    def equal_samples(self) -> Ablation | None:
+        """The batch size moved where all see equally many samples."""
+        return self.ablation(EQUAL_SAMPLES)
+
+    @property
+    def power(self) -> list[Row]:
+        """Seeds that find a true effect of two points in 80 % of reports, for comparisons paired or not."""
+        t = self.comparisons.tests
+        spreads = t[t["score"] == "test_accuracy"].groupby("paired")["sd"].median()
+        return [
+            {"paired": paired, "sd": sd, "seeds": self.comparisons.seeds_to_find({"sd": sd, "paired": paired}, 0.02)}
+            for paired, sd in spreads.items()
+        ]
+
+    @property
+    def origin(self) -> str:
+        """Commits, versions of torch and devices of the trainings."""
+        return "; ".join(_distinct(self.trainings[name]) for name in ("commit", "torch", "device"))
+
+    def seeds_that_decide(self, ablation: Ablation) -> float:
+        """Seeds a level that would decide what an ablation leaves undecided by accuracy."""
+        return self.comparisons.seeds_needed([accuracy for accuracy, _ in ablation.undecided()])
+
+    @property
+    def verdicts(self) -> dict[str, int]:
+        """{verdict: number of claims}."""
+        verdicts = [decision.verdict for decision in (self.decisions or {}).values()]
+        order = (SUPPORTED, REFUTED, SAME, UNDECIDED, evidence.NOT_TESTED)
+        return {verdict: verdicts.count(verdict) for verdict in order}
+
+    @property
+    def n_shared(self) -> int:
+        """How many supported claims rest on comparisons that others rest on as well."""
+        supported = {c.quote for c, decision in (self.decisions or {}).items() if decision.verdict == SUPPORTED}
+        return self.comparisons.shared(supported)
+
+    @property
+    def open_claims(self) -> dict[Claim, Decision]:
+        """The claims that are undecided or not tested."""
+        still = (UNDECIDED, evidence.NOT_TESTED)
+        return {claim: one for claim, one in (self.decisions or {}).items() if one.verdict in still}
+
+    @property
+    def trainings(self) -> pd.DataFrame:
+        """One row for each training, however many questions it answers."""
+        runs = self.runs.assign(ablated=self.runs["base"] != "")
+        return runs.drop_duplicates([*HYPERPARAMETERS, "n_steps", "ablated"])
+
+
+def load(study_name: str, storage_url: str = "") -> Facts:
+    """Read a study, and its confirmation if there is one.
+
+    storage_url: the database; empty for the usual place.
+    Raises InputError for a study that is not there or has no complete trial.
+    """
+    study = search.load_study(study_name, storage_url)
+    trials = search.records(study)
+    if not (trials["state"] == "complete").any():
+        reasons = "; ".join(set(trials["failure"]) - {""})
+        raise InputError(f"study {study_name!r} has no complete trial" + (f": {reasons}" if reasons else ""))
+    question = study.user_attrs["fingerprint"]
+    foreign = tuple(
+        (trial.number, trial.state.name.lower(), trial.user_attrs.get("failure", "")) for trial in study.foreign()
+    )
+    facts = Facts(
+        name=study_name,
+        question=question,
+        task=question["task"],
+        samples=study.user_attrs.get("facts", {}),
+        baselines=_baselines(study.user_attrs.get("baselines", {})),
+        trials=trials,
+        foreign=foreign,
+        finished={trial.number: trial for trial in study.get_trials(deepcopy=False)},
+        deleted=confirm.of_deleted(study),
+        n_calls=study.user_attrs.get("n_workers", 1),
+        has_database=(storage.study_folder(study_name) / "optuna_studies" / "ctbprn_study.db").exists(),
+    )
+    runs, about = confirm.records(study_name, storage_url)
+    if runs is None:
+        return facts
+    return replace(facts, baselines=_baselines(about["baselines"]), confirmed=confirmed(facts, runs, about))
+
+
+def confirmed(facts: Facts, runs: pd.DataFrame, about: dict[str, Any]) -> Confirmed:
+    """What runs and about (of confirm.records) show, beside the tuning facts."""
+    n_test = facts.task.get("n_samples", {}).get("test", about["n_test"])
+    comparisons = Comparisons(runs, n_test, about["best"])
+    is_original_task = facts.task["task"] == "routing" and facts.task["n_tokens"] == 128
+    result = Confirmed(runs, about, n_test, facts.trials, comparisons, pd.DataFrame(), None, None,
+                       comparisons.next_space(facts.space), is_original_task)  # fmt: skip
+    table = pd.concat([measured_memory(facts.trials, facts.budget["n_replicas"], facts.task),
+                       measured_memory(result.trainings, comparisons.n_seeds, facts.task)])  # fmt: skip
+    rule = None
+    if len(table) >= 6:
+        rule = fit_memory_rule(table[SIZES].to_numpy(), table["measured_mib"])
+        table["predicted_mib"] = rule.predict(table[SIZES].to_numpy())
+    decisions = None
+    if is_original_task:
+        devices = pd.concat([facts.complete["device"], runs["device"]])
+        on_gpu = not devices.str.startswith("CPU").any()
+        decisions = comparisons.claims(other_decisions(runs, rule, facts.task, about["largest_batch"], on_gpu))
+    return replace(result, memory_table=table, memory_rule=rule, decisions=decisions)
+
+
+def _distinct(values: pd.Series) -> str:
+    return ", ".join(sorted(set(map(str, values))))
+
+
+def _baselines(baselines: Mapping[str, float]) -> dict[str, float]:
+    """Baselines under today's names: studies of before called the majority class chance."""
+    return {"majority class" if rule == "chance" else rule: level for rule, level in baselines.items()}
+
+
+def best_rule(baselines: Mapping[str, float]) -> Rule:
+    """The simple rule that a result must beat: the best one."""
+    levels = {rule: baselines[rule] for rule in RULES if rule in baselines}
+    best = max(levels, key=levels.__getitem__)
+    return Rule(best, levels[best], {rule: level for rule, level in levels.items() if rule != best})
+
+
+def other_decisions(
+    runs: pd.DataFrame, rule: "MemoryRule | None", task: dict, largest: Row | None, on_gpu: bool
+) -> dict[str, Decision]:
+    """{record: Decision} of the claims that other records decide: the tables of reports/reproduce, and memory."""
+    found, folder = {}, storage.REPORTS / "reproduce"
+    if runs["route_accuracy"].isna().all():
+        found["routing"] = Decision(evidence.NOT_TESTED, "routing")
+    if (folder / "trial_1_seeds.csv").exists():
+        one, two = (scores_of_seeds(folder / f"trial_{n}_seeds.csv") for n in (1, 2))
+        found |= from_reproduction(one, two, published.TABLE.loc[2, "val_accuracy"])
+    if rule and largest:
+        found |= memory_decisions(rule, task, largest, on_gpu)
+    return found
+
+
+def scores_of_seeds(path: Path) -> pd.DataFrame:
+    """The test_accuracy and test_ce of the seeds that have both, from a CSV file of audit.original.seed_scores.
+
+    Raises InputError for a file with fewer than two such seeds.
+    """
+    scores = files.table(path, numbers={"test_accuracy": 1, "test_ce": 1000}).dropna()
+    if len(scores) < 2:
+        raise InputError(f"{path}: expected at least two seeds with test_accuracy and test_ce, got {len(scores)}")
+    return scores
+
+
+@dataclass(frozen=True)
+class MemoryRule:
+    """MiB = per_activation A + per_parameter W + per_input I + constant; error: |error| / MiB of a shape left out.
+
+    A, W, I: MiB of one float for each activation of the layers, parameter, and input feature (see memory_sizes).
+    """
+
+    per_activation: float
+    per_parameter: float
+    per_input: float
+    constant: float
+    error: float
+
+    def predict(self, sizes: ArrayLike) -> np.ndarray:
+        """sizes (n,3) as memory_sizes gives them -> MiB (n,)."""
+        return np.asarray(sizes) @ (self.per_activation, self.per_parameter, self.per_input) + self.constant
+
+
+def memory_sizes(hp: Hyperparameters, task: dict, n_replicas: int, n_parameters: int) -> list[float]:
+    """The three sizes in MiB that peak memory is made of, at four bytes a number: A, W, I of MemoryRule."""
+    tokens = n_replicas * hp.batch_size * task["n_areas"] * hp.seq_len
+    floats = tokens * hp.d * hp.n_layers, n_replicas * n_parameters, tokens * task["n_features"]
+    return [4 * n / 2**20 for n in floats]
+
+
+def fit_memory_rule(sizes: ArrayLike, mib: ArrayLike) -> MemoryRule:
+    """Least squares on relative errors with no negative coefficient.  sizes: (n,3), mib: (n,) measured.
+
+    Raises InputError for fewer than six measurements.
+    """
+    mib = np.asarray(mib, dtype=float)
+    if len(mib) < 6:
+        raise InputError(f"a rule for memory needs at least six measurements, got {len(mib)}")
+    X = np.column_stack([sizes, np.ones(len(mib))]) / mib[:, None]  # every measurement counts by its relative error
+    shapes, errors = np.unique(np.round(sizes, 9), axis=0, return_inverse=True)[1].ravel(), []
+    for shape in np.unique(shapes):  # runs of one shape leave together, or each would be predicted by its twins
+        out = shapes == shape
+        coefficients = optimize.nnls(X[~out], np.ones((~out).sum()))[0]
+        errors.append(np.median(abs(X[out] @ coefficients - 1)))
+    return MemoryRule(*map(float, optimize.nnls(X, np.ones(len(mib)))[0]), float(np.median(errors)))
+
+
+def measured_memory(trials: pd.DataFrame, n_replicas: int, task: dict) -> pd.DataFrame:
+    """One row for each training whose memory was measured: its shape, measured_mib, and the three sizes of the rule.
+
+    trials: rows with hyperparameters, peak_mem_mib and n_parameters. task: its description.
+    """
+    rows = []
+    for _, row in trials[trials["peak_mem_mib"] > 0].iterrows():
+        hp = search.hyperparameters(row)
+        shape = dict(n_replicas=n_replicas, d=hp.d, rank=hp.rank, batch_size=hp.batch_size, seq_len=hp.seq_len)
+        sizes = memory_sizes(hp, task, n_replicas, row["n_parameters"])
+        rows.append(shape | {"measured_mib": row["peak_mem_mib"]} | dict(zip(SIZES, sizes, strict=True)))
+    return pd.DataFrame(rows)
+
+
+def predicted_memory(rule: MemoryRule, hp: Hyperparameters, task: dict) -> float:
+    """MiB that one replica of hp takes by the rule."""
+    model = CTBPRN(task["n_features"], hp.d, hp.rank, task["n_areas"], hp.n_layers)
+    return float(rule.predict(memory_sizes(hp, task, 1, sum(p.numel() for p in model.parameters()))))
+
+
+def memory_decisions(rule: MemoryRule, task: dict, largest: Row, on_gpu: bool) -> dict[str, Decision]:
+    """{record: Decision} for the two claims about GPU memory, which nothing but a GPU decides.
+
+    largest: what confirm.largest_batch found. on_gpu: whether that and the rule are of a GPU's memory.
+    """
+    space = search.default_space(RoutingTask())
+    levels = [space[name] for name in ("d", "rank", "batch_size", "seq_len")]
+    shapes = [
+        Hyperparameters(d=d, rank=rank, batch_size=batch_size, seq_len=seq_len)
+        for d, rank, batch_size, seq_len in itertools.product(*levels)
+    ]
+    needed = predicted_memory(rule, published.hyperparameters(2), task)
+    all_needed = np.array([predicted_memory(rule, hp, task) for hp in shapes])
+    less = float((all_needed < needed).mean())
+    least = REFUTED if less > 0 else SUPPORTED
+    larger = SUPPORTED if largest["batch_size"] > 32 else REFUTED
+    values = {"on_gpu": on_gpu, "mib": needed, "share_less": less, "n_shapes": len(shapes), "least": all_needed.min()}
+    return {
+        "least_memory": Decision(least if on_gpu else UNDECIDED, "least_memory", values),
+        "largest_batch": Decision(larger if on_gpu else UNDECIDED, "largest_batch", {"on_gpu": on_gpu} | largest),
+    }

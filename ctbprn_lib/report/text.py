@@ -1,0 +1,214 @@
+"""How a report writes numbers and names, and the template that holds its sentences.
+
+Each function here formats one kind of value, once, for the template and for the other notebooks.
+"""
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import pandas as pd
+
+from ctbprn_lib import evidence, files
+from ctbprn_lib.report import comparisons
+from ctbprn_lib.train import TABLE
+
+if TYPE_CHECKING:
+    from jinja2.environment import TemplateModule
+
+    from ctbprn_lib.report.facts import Facts
+
+Interval = Sequence[float]  # mean, low, high
+NAMES = {name: entry.label for name, entry in TABLE.items()}
+FACTORS = NAMES | {comparisons.EQUAL_SAMPLES: "Batch size at equal samples", "n_steps": "Length of training"}
+RULES = {"majority class": "always naming the largest class", "linear rule": "the linear rule"}
+UNKNOWN = "–"
+
+
+def percent(share: float | Interval, unit: str = " %") -> str:
+    """A share, or (mean, low, high) of one, in per cent.  A dash for NaN, the mean alone if the ends are NaN."""
+    return _with_ends(share, lambda x: f"{100 * x:.1f}", unit)
+
+
+def nats(x: float | Interval) -> str:
+    """A cross-entropy or (mean, low, high) of one, without its unit.  NaN as percent has it."""
+    return _with_ends(x, lambda x: f"{x:.3f}")
+
+
+def signed_points(share: float | Interval) -> str:
+    """A difference of shares, or (effect, low, high) of one, in points with a sign, without its unit."""
+    return _with_ends(share, lambda x: f"{100 * x:+.1f}")
+
+
+def signed_nats(x: float | Interval) -> str:
+    """A difference of cross-entropies, or (effect, low, high) of one, with a sign, without its unit."""
+    return _with_ends(x, lambda x: f"{x:+.3f}")
+
+
+def _with_ends(x: Any, form: Any, unit: str = "") -> str:
+    mean, *ends = x if isinstance(x, Sequence) else (x,)
+    if math.isnan(mean):
+        return UNKNOWN
+    if not ends or math.isnan(ends[0]):
+        return form(mean) + unit
+    return f"{form(mean)}{unit} [{form(ends[0])}, {form(ends[1])}]"
+
+
+def interval(row: Mapping[str, Any], name: str) -> Interval:
+    """(mean, low, high) of a score in a row of search.records."""
+    return row[name], row[f"{name}_low"], row[f"{name}_high"]
+
+
+def p(p_value: float) -> str:
+    """A p-value with its relation sign; a decided one is not printed as if it were not."""
+    if p_value < 0.001:
+        return "< 0.001"
+    digits = 4 if p_value < evidence.LEVEL <= round(p_value, 3) else 3
+    return f"= {p_value:.{digits}f}"
+
+
+def effect(test: Mapping[str, Any]) -> str:
+    """A test's effect with its interval, its unit and its adjusted p."""
+    numbers = test["effect"], test["low"], test["high"]
+    text = f"{signed_nats(numbers)} nats" if test["score"] == "test_ce" else f"{signed_points(numbers)} points"
+    return f"{text}, p {p(test['p_holm'])}"
+
+
+def fixed(x: float, digits: int) -> str:
+    """x with so many digits after the point."""
+    return f"{x:.{digits}f}"
+
+
+def signed(x: float, digits: int) -> str:
+    """x with its sign and so many digits after the point."""
+    return f"{x:+.{digits}f}"
+
+
+def number(x: float, digits: int) -> str:
+    """x with so many digits after the point, halves away from zero, as the original printed 0.78125 as 0.7813."""
+    return f"{x + math.copysign(1e-9, x):.{digits}f}"
+
+
+def commas(n: float) -> str:
+    """A whole number with a comma between thousands."""
+    return f"{n:,.0f}"
+
+
+def count(n: float, noun: str) -> str:
+    """A number of things: "1 trial", "1,200 trials"."""
+    return f"{commas(n)} {noun}" + ("" if n == 1 else "s")
+
+
+def setting(x: Any, name: str) -> str:
+    """A value of a hyperparameter or of another factor, as people read it.  x: a number or, from a test, its text."""
+    if x is None or (isinstance(x, float) and math.isnan(x)):
+        return UNKNOWN
+    x = float(x) if isinstance(x, str) else x
+    name = name.split(",")[0]  # "batch_size, equal samples"
+    return TABLE[name].text(x) if name in TABLE else f"{x:g}"
+
+
+def span(entry: Any) -> str:
+    """The levels or the range of a hyperparameter in a space."""
+    if isinstance(entry, list):
+        return ", ".join(f"{x:g}" for x in entry)
+    return f"{entry['low']:g} to {entry['high']:g}" + (" (log)" if entry.get("log") else "")
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """{name: number} as "3 first, 1 second", without those of which there is none."""
+    return ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+
+
+def distinct(values: Iterable[Any]) -> str:
+    """The distinct values, in order."""
+    return ", ".join(sorted(set(map(str, values))))
+
+
+def outside(text: Any) -> str:
+    """Text from outside as Markdown and HTML both show it literally, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", lambda m: f"&#{ord(m[0])};", files.printable(text))
+
+
+def quoted(names: Sequence[Any], most: int = 3) -> str:
+    """Names from outside in quotation marks, the first few of them."""
+    shown = ", ".join(f"“{outside(name)}”" for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def header(cells: Iterable[Any]) -> str:
+    """The first two lines of a Markdown table."""
+    names = list(cells)
+    return f"{_line(names)}\n{_line(['---'] * len(names))}"
+
+
+def table(cells: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table: its header, and rows of cells that are Markdown already."""
+    return "\n".join([header(cells), *map(_line, rows)])
+
+
+def _line(cells: Iterable[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _without_last_newline(x: Any) -> Any:
+    return x.rstrip("\n") if isinstance(x, str) else x
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """The Jinja2 environment of the template: an undefined name is an error."""
+    env = jinja2.Environment(
+        loader=jinja2.PackageLoader("ctbprn_lib.report", ""),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_without_last_newline,  # of a macro, which is part of a line or of a list
+    )
+    filters = (percent, nats, signed_points, signed_nats, interval, p, effect, fixed, signed, commas, count, setting)
+    filters += (span, counted, distinct, outside, quoted, header)
+    env.filters |= {function.__name__: function for function in filters}
+    env.filters |= {"label": FACTORS.__getitem__, "rule": RULES.__getitem__, "command_word": files.word}
+    env.filters["is_finite"] = math.isfinite
+    for name in ("MARGIN", "REFUTED", "SUPPORTED", "UNDECIDED"):
+        env.globals[name] = getattr(evidence, name)
+    env.globals |= {"BEST": comparisons.BEST, "EQUAL_SAMPLES": comparisons.EQUAL_SAMPLES}
+    return env
+
+
+def _module(facts: "Facts | None") -> "TemplateModule":
+    from ctbprn_lib.report.facts import GOAL
+
+    return environment().get_template("report.md.j2").make_module({"facts": facts, "GOAL": GOAL})
+
+
+def sections() -> list[str]:
+    """The names of the template's sections: its macros without arguments."""
+    macros = vars(_module(None)).values()
+    return sorted(m.name for m in macros if isinstance(m, jinja2.runtime.Macro) and not m.arguments)
+
+
+def render(facts: "Facts | None", section: str, *arguments: Any) -> str:
+    """The Markdown of one section of report.md.j2, or of a part of it that takes arguments.
+
+    Raises jinja2.UndefinedError for a name that the template or the facts do not have.
+    """
+    text = getattr(_module(facts), section)(*arguments)
+    text = re.sub(r"\n[ \t]+(?=\n|$)", "", text)
+    text = re.sub(r"\n[ \t]+(?=\S)", " ", text)  # an indented line goes on with the one before it
+    text = re.sub(r"\n{3,}", "\n\n", text)
+    numbers = itertools.count(1)
+    return re.sub(r"^1\. ", lambda _: f"{next(numbers)}. ", text, flags=re.MULTILINE).strip()
+
+
+def claims_table(decisions: Mapping[comparisons.Claim, comparisons.Decision]) -> pd.DataFrame:
+    """One row for each claim: claim, decided_by, verdict, and detail, the sentence behind the verdict."""
+    rows = [
+        (claim.quote, claim.decided_by, decision.verdict, render(None, "claim_detail", decision))
+        for claim, decision in decisions.items()
+    ]
+    return pd.DataFrame(rows, columns=["claim", "decided_by", "verdict", "detail"])
