@@ -19,10 +19,10 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """Slow are tests that start processes, and files whose tests recompute reports or run the original protocol."""
+    """Slow are tests that start processes, and files that confirm, recompute reports or run the original protocol."""
     for item in items:
         starts = not {"project", "crew", "server", "dashboard"}.isdisjoint(item.fixturenames)
-        if starts or item.path.stem in ("test_findings", "test_original"):
+        if starts or item.path.stem in ("test_confirm", "test_findings", "test_original"):
             item.add_marker(pytest.mark.slow)
 
 

@@ -74,6 +74,7 @@ def test_where_no_checkpoint_can_be_written_the_training_goes_on(small_task, tmp
     assert f"{path}: no checkpoint was kept" in caplog.text and list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_checkpoint_that_another_goes_on_from(tmp_path, steps):
     script = """
 import sys

@@ -17,6 +17,7 @@ def test_an_interval_holds_its_mean_and_widens_with_the_level():
     assert evidence.mean_interval([*scores, np.nan]) == (mean, low, high)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [4, 8, 16])
 def test_intervals_cover_what_they_say(n):
     """2,000 simulated sets of normal scores: 95 % intervals hold the truth in 93 to 97 % of them."""
@@ -25,6 +26,7 @@ def test_intervals_cover_what_they_say(n):
     assert 0.93 < np.mean(hits) < 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [4, 8, 16])
 def test_intervals_cover_scores_like_ours_too(n):
     """2,000 sets of accuracies near 1, errors lognormal over seeds: 93 to 97 % of intervals hold the true mean."""
@@ -42,6 +44,7 @@ def test_an_interval_stays_where_scores_can_be():
     assert (low, high) == (pytest.approx(mean - half, abs=1e-5), pytest.approx(mean + half, abs=1e-5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("middle", "spread", "n"), [(1.0, 0.02, 2), (1.0, 0.02, 3), (1.0, 0.05, 4), (0.07, 0.25, 8)])
 def test_intervals_cover_cross_entropies_too(middle, spread, n):
     """2,000 sets of CEs lognormal over seeds, around the chance of three classes and as ours are."""
@@ -67,6 +70,7 @@ def test_equivalence_is_shown_by_small_differences_and_many_seeds_only():
     assert evidence.equivalence([1, 1], [1, 1], 0.01) == 1 == evidence.equivalence([1, 1], [0.5, 0.5], 0.01)
 
 
+@pytest.mark.slow
 def test_the_seeds_that_are_said_to_be_needed_find_what_they_shall():
     n = evidence.seeds_needed(0.02, 0.02, 0.05)
     rng = np.random.default_rng(0)
@@ -96,6 +100,7 @@ def test_importance_names_what_decides_and_calls_the_rest_noise():
     assert table["importance"].sum() == pytest.approx(1) and (table["low"] <= table["high"]).all()
 
 
+@pytest.mark.slow
 def test_what_does_nothing_seldom_beats_the_placebo():
     wrong = 0
     for seed in range(20):

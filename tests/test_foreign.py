@@ -135,6 +135,7 @@ def test_a_study_in_which_another_program_has_worked_is_refused_and_an_empty_one
     begun(1, "empty")
 
 
+@pytest.mark.slow
 def test_the_confirmation_of_a_deleted_study_is_told_apart(reports):
     study, asked = begun(1)
     first = confirm.Confirmation(study, asked["task"], 2, 64, device="cpu")
@@ -154,6 +155,7 @@ def test_the_confirmation_of_a_deleted_study_is_told_apart(reports):
     assert "earlier study" not in findings.load("s").summary()
 
 
+@pytest.mark.slow
 def test_a_trial_put_into_the_confirmation_by_hand_is_passed_over(reports):
     study, asked = begun(1)
     confirmation = confirm.Confirmation(study, asked["task"], 2, 64, device="cpu")
@@ -201,6 +203,7 @@ def test_with_one_replica_nothing_is_told_apart(reports, n_trials):
 # ---- users' own settings and places
 
 
+@pytest.mark.slow
 def test_the_commit_is_that_of_the_projects_own_checkout(tmp_path, monkeypatch):
     """A copy in another repository, tracked there or not, and git's own variables."""
     other, copy = tmp_path / "other", tmp_path / "other" / "third"

@@ -399,6 +399,7 @@ def test_a_network_alone_is_no_classifier(tmp_path):
         Classifier.load(tmp_path / "n.safetensors")
 
 
+@pytest.mark.slow
 def test_confirm_saves_a_classifier_that_scores_on_raw_recordings_what_its_file_says(reports):
     x, y, more = form("unequal lengths")
     split = np.random.default_rng(1).permutation(np.repeat(["train", "validation", "test"], 40))
