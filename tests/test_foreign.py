@@ -300,6 +300,7 @@ def test_a_read_only_checkout_is_named_before_any_training(project):
 
 def test_the_page_is_the_same_whatever_the_users_own_settings_are(project, tmp_path):
     """IPython that shows every expression and runs a start-up file, a matplotlibrc, a locale, another folder."""
+    project.shorten_report()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "REPORTS", project / "reports")
         patch.delenv("CTBPRN_STORAGE", raising=False)
