@@ -18,11 +18,14 @@ from ctbprn_lib import publish, storage, tasks
 torch.set_num_threads(1)
 
 
+SLOW_FILES = {f"test_{name}" for name in ("confirm", "findings", "memory", "original", "report", "verdicts")}
+
+
 def pytest_collection_modifyitems(items):
     """Slow are tests that start processes, and files that confirm, recompute reports or run the original protocol."""
     for item in items:
         starts = not {"project", "crew", "server", "dashboard"}.isdisjoint(item.fixturenames)
-        if starts or item.path.stem in ("test_confirm", "test_findings", "test_original"):
+        if starts or item.path.stem in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
 
 

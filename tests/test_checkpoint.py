@@ -191,6 +191,7 @@ def test_short_trainings_write_no_checkpoint(small_task, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_lost_goes_on_from_its_checkpoint(small_task, reports, monkeypatch, steps):
     """Its second try ends with the score of an undisturbed one, and its pruner sees every scoring."""
     space = search.default_space(small_task) | {"d": [8], "rank": [2], "batch_size": [8]}

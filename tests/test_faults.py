@@ -339,6 +339,7 @@ def test_a_folder_that_cannot_be_written_is_named_and_can_still_be_read_from(mon
     shutil.rmtree(root)
 
 
+@pytest.mark.slow
 def test_a_damaged_database_is_named(reports):
     study, asked = study_of()
     search.run_trials(study, 4, **asked)

@@ -233,6 +233,7 @@ def as_if(reports, facts, n_classes=2):
     return r
 
 
+@pytest.mark.slow
 def test_the_report_says_what_is_true_of_the_samples(reports):
     claim = " that no training and no tuning has seen"
     clean = as_if(reports, {})
