@@ -1,4 +1,4 @@
-# make report · make test · make lab: each sets up .venv by itself and touches nothing outside this folder.
+# make report · make test · make check · make lab: each sets up .venv by itself and touches nothing outside this folder.
 PYTHON ?= python3
 SIZE ?= quick
 BIN := .venv/bin
@@ -31,7 +31,7 @@ endif
 REPRODUCE ?= $(if $(filter ctbprn,$(STUDY)),reproduce,$(STUDY)-reproduce)
 RUN := $(BIN)/papermill --no-progress-bar --log-output
 
-.PHONY: report reproduce explore tune confirm test lab
+.PHONY: report reproduce explore tune confirm test check style lab
 reproduce explore tune confirm: export TQDM_DISABLE := 1
 report: reproduce explore tune confirm
 	@$(MAKE) --no-print-directory reproduce  # once more, from what it has kept: the verdicts on the claims are there now
@@ -52,18 +52,25 @@ tune: .venv/ready
 confirm: tune
 	$(RUN) notebooks/confirm.ipynb runs/confirm.ipynb -p study_name $(STUDY) -p n_seeds $(SEEDS)
 
-test: .venv/ready
+# style and types, then tests: all of them, or for use while editing those that are quick
+test: .venv/ready style
+	$(BIN)/pytest --numprocesses logical --dist worksteal
+
+check: .venv/ready style
+	$(BIN)/pytest --numprocesses logical --dist worksteal -m 'not slow'
+
+style: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest --numprocesses logical --dist loadfile
+	$(BIN)/mypy
 
 # (containers often have no user but root)
 lab: .venv/ready
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 .venv/ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
-		|| { echo "Python 3.11 to 3.13 is needed, got $$($(PYTHON) --version); name another with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or later is needed, got $$($(PYTHON) --version); name another with PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable '.[test,uea,postgres,dashboard]'

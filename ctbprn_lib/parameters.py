@@ -7,6 +7,7 @@ papermill takes any name for a parameter, code too, and leaves "false" as text. 
 """
 
 import ast
+import contextlib
 import difflib
 import logging
 import platform
@@ -108,8 +109,19 @@ def _is_of_kind(value: Any, kind: type) -> bool:
 
 
 def _kinds(namespace: Mapping[str, Any]) -> dict[str, type]:
-    """{name: kind} of the parameters, from the annotations of the parameters cell."""
-    return {name: kind for name, kind in namespace["__annotations__"].items() if kind in KINDS}
+    """{name: kind} of the parameters, from the annotations of the parameters cell.
+
+    Python 3.14 no longer collects annotations, so there they are read from the text of the cells that have run.
+    """
+    if "__annotations__" in namespace:
+        return {name: kind for name, kind in namespace["__annotations__"].items() if kind in KINDS}
+    by_name, kinds = {kind.__name__: kind for kind in KINDS}, {}
+    for cell in namespace["In"]:
+        with contextlib.suppress(SyntaxError, ValueError):  # a cell with a magic is no Python
+            for node in ast.parse(cell).body:
+                if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) in by_name:
+                    kinds[ast.unparse(node.target)] = by_name[ast.unparse(node.annotation)]
+    return kinds
 
 
 def _injected_cell(namespace: Mapping[str, Any]) -> str:

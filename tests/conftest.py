@@ -1,19 +1,33 @@
 """What several tests share: one thread a process, and studies that live in a temporary folder."""
 
+import ast
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from crew import Crew
 
 from ctbprn_lib import storage, tasks
+from ctbprn_lib.report import publish
 
 torch.set_num_threads(1)
+
+
+SLOW_FILES = {f"test_{name}" for name in ("confirm", "findings", "memory", "original", "report", "verdicts")}
+
+
+def pytest_collection_modifyitems(items):
+    """Slow are tests that start processes, and files that confirm, recompute reports or run the original protocol."""
+    for item in items:
+        starts = not {"project", "crew", "server", "dashboard"}.isdisjoint(item.fixturenames)
+        if starts or item.path.stem in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
@@ -50,8 +64,60 @@ def crew(tmp_path_factory):
     made.end()
 
 
+@pytest.fixture
+def run_here(monkeypatch):
+    """Run a notebook in this process, as no kernel has to start for that: its cells one after another, then analyze.
+
+    run_here(root, name, **parameters): root is the folder of the project, whose reports/ and notebooks/ are used.
+    Returns the values that cells end with, such as the sentences of a report.
+    """
+    shown = []
+    monkeypatch.delenv("CTBPRN_STORAGE", raising=False)
+    monkeypatch.setattr("IPython.display.publish_display_data", lambda *_: None)
+
+    def run(root, name, **parameters):
+        scope = {"In": []}  # as IPython keeps the cells that have run
+        for module in (storage, publish):
+            monkeypatch.setattr(module, "REPORTS", root / "reports")
+        monkeypatch.setattr(publish, "publish", lambda study, url="": analyze(root, study, url))
+        monkeypatch.chdir(root)
+        for cell in nbformat.read(root / "notebooks" / f"{name}.ipynb", as_version=4).cells:
+            if cell.cell_type == "code":
+                *statements, last = ast.parse(cell.source).body
+                ends_in_value = isinstance(last, ast.Expr)
+                statements += [] if ends_in_value else [last]
+                exec(compile(ast.Module(statements, []), name, "exec"), scope)
+                if ends_in_value:
+                    shown.append(eval(compile(ast.Expression(last.value), name, "eval"), scope))
+                scope["In"].append(cell.source)
+                if "parameters" in cell.metadata.get("tags", []):
+                    assert parameters.keys() <= scope.keys()
+                    scope |= parameters
+        return shown
+
+    def analyze(root, study, url):
+        run(root, "analyze", study_name=study, storage=url)
+        return root / "reports" / study
+
+    return run
+
+
 class Project(type(pathlib.Path())):
     """A copy of the library and the notebooks, whose reports/ and runs/ are its own."""
+
+    def change(self, before, after):
+        """Change a piece of code, whichever module or notebook it is in; fails if it is in none or in several."""
+        files = [*self.glob("ctbprn_lib/**/*.py"), *self.glob("notebooks/*.ipynb")]
+        (file,) = (path for path in files if before in path.read_text())
+        file.write_text(file.read_text().replace(before, after))
+
+    def shorten_report(self):
+        """Leave of analyze.ipynb the beginning with one picture, and the tables."""
+        path = self / "notebooks" / "analyze.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        tables = (cell for cell in notebook.cells[6:] if "all_trials" in cell.source or "raw_data" in cell.source)
+        notebook.cells = [*notebook.cells[:6], *tables]
+        nbformat.write(notebook, path)
 
     def python(self, *words, **environment):
         """Run this Python there and wait; it may use 3 GiB, or looking for the largest batch would take minutes."""

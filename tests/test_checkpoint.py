@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def test_where_no_checkpoint_can_be_written_the_training_goes_on(small_task, tmp
     assert f"{path}: no checkpoint was kept" in caplog.text and list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_checkpoint_that_another_goes_on_from(tmp_path, steps):
     script = """
 import sys
@@ -145,16 +147,28 @@ DAMAGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def left(small_task, tmp_path_factory):
+    """A training that was not stopped, and the folder of one that was."""
+    folder = tmp_path_factory.mktemp("left")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "CHECKPOINT_SECONDS", 0)
+        stopped(small_task, folder / "c.safetensors", 3)
+    return fit(HP, small_task, BUDGET, 3), folder
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("both", [False, True])
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(small_task, tmp_path, steps, caplog, damage, both):
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
+    small_task, left, tmp_path, steps, caplog, damage, both
+):
+    whole, folder = left
     path = tmp_path / "c.safetensors"
-    stopped(small_task, path, 3)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     for place in (path, checkpoint.previous(path))[: 1 + both]:
         DAMAGES[damage](place)
-    steps.clear()
-    assert_equal(fit(HP, small_task, BUDGET, 3), fit(HP, small_task, BUDGET, 3, checkpoint=path))
-    assert len(steps) == 20 + (20 if both else 12)
+    assert_equal(whole, fit(HP, small_task, BUDGET, 3, checkpoint=path))
+    assert len(steps) == (20 if both else 12)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * (1 + both)
     assert "c.safetensors: not used as a checkpoint" in caplog.text
 
@@ -177,6 +191,7 @@ def test_short_trainings_write_no_checkpoint(small_task, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_lost_goes_on_from_its_checkpoint(small_task, reports, monkeypatch, steps):
     """Its second try ends with the score of an undisturbed one, and its pruner sees every scoring."""
     space = search.default_space(small_task) | {"d": [8], "rank": [2], "batch_size": [8]}

@@ -158,6 +158,7 @@ def test_a_study_in_which_another_program_has_worked_is_refused_and_an_empty_one
     begun(1, "empty")
 
 
+@pytest.mark.slow
 def test_the_confirmation_of_a_deleted_study_is_told_apart(reports):
     study, asked = begun(1)
     first = confirm.Confirmation(study, asked["task"], 2, 64, device="cpu")
@@ -202,6 +203,7 @@ def test_what_a_deleted_study_left_in_its_folder_is_set_aside_and_not_lost(repor
     assert names == {"best_ce.json", "optuna_results_detailed.csv", "space.yaml"}
 
 
+@pytest.mark.slow
 def test_a_trial_put_into_the_confirmation_by_hand_is_passed_over(reports):
     study, asked = begun(1)
     confirmation = confirm.Confirmation(study, asked["task"], 2, 64, device="cpu")
@@ -267,6 +269,7 @@ def test_with_one_replica_nothing_is_told_apart(reports, n_trials):
 # ---- users' own settings and places
 
 
+@pytest.mark.slow
 def test_the_commit_is_that_of_the_projects_own_checkout(tmp_path, monkeypatch):
     """A copy in another repository, tracked there or not, and git's own variables."""
     other, copy = tmp_path / "other", tmp_path / "other" / "third"
@@ -363,6 +366,7 @@ def test_a_read_only_checkout_is_named_before_any_training(project):
 
 def test_the_page_is_the_same_whatever_the_users_own_settings_are(project, tmp_path):
     """IPython that shows every expression and runs a start-up file, a matplotlibrc, a locale, another folder."""
+    project.shorten_report()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "REPORTS", project / "reports")
         patch.delenv("CTBPRN_STORAGE", raising=False)

@@ -258,6 +258,7 @@ def as_if(reports, facts, n_classes=2):
     return replace(r, samples=usual | facts, task=task, trials=r.trials.assign(**balanced))
 
 
+@pytest.mark.slow
 def test_the_report_says_what_is_true_of_the_samples(reports):
     claim = "that no training and no tuning has seen"
     clean = as_if(reports, {})
@@ -429,6 +430,7 @@ def test_a_network_alone_is_no_classifier(tmp_path):
         Classifier.load(tmp_path / "n.safetensors")
 
 
+@pytest.mark.slow
 def test_confirm_saves_a_classifier_that_scores_on_raw_recordings_what_its_file_says(reports):
     x, y, more = form("unequal lengths")
     split = np.random.default_rng(1).permutation(np.repeat(["train", "validation", "test"], 40))

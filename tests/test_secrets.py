@@ -144,10 +144,12 @@ def test_a_run_keeps_to_the_umask_and_listens_to_nobody_else(project):
 
     thread = threading.Thread(target=watch)
     thread.start()
+    project.shorten_report()
+    (project / "small.yaml").write_text("d: [4]\nbatch_size: [4]\nseq_len: [8]\n")
     (project / "runs" / "tune.ipynb").unlink(missing_ok=True)  # papermill writes in place, and the mode would stay
     old = os.umask(0o027)
     try:
-        given = [("study_name", "mask"), ("n_trials", 2), ("n_steps", 4), ("n_replicas", 2)]
+        given = [("study_name", "mask"), ("n_trials", 1), ("n_steps", 4), ("n_replicas", 2), ("space", "small.yaml")]
         ran = project.papermill("tune", *given)
     finally:
         os.umask(old)
@@ -161,6 +163,7 @@ def test_a_run_keeps_to_the_umask_and_listens_to_nobody_else(project):
         assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
 
 
+@pytest.mark.slow
 def test_jupyterlab_is_for_this_machine_and_whoever_has_its_token(tmp_path):
     """As make lab starts it, without the browser."""
     assert re.findall(r"jupyter lab (.*)", (storage.REPORTS.parent / "Makefile").read_text()) == [
@@ -189,17 +192,25 @@ def test_jupyterlab_is_for_this_machine_and_whoever_has_its_token(tmp_path):
         process.wait(20)
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-def test_what_the_library_writes_gets_the_umask(tmp_path, umask, mode):
-    code = (
-        "import pathlib, pandas; from ctbprn_lib.audit import original; from ctbprn_lib.model import CTBPRN;"
-        "from ctbprn_lib import checkpoint;"
-        "CTBPRN(4, 8, 2, 2).save('m.safetensors');"
-        "checkpoint.write('c.safetensors', CTBPRN(4, 8, 2, 2).state_dict(), {}, {});"
-        "original.read_or_make(pathlib.Path('t.csv'), lambda: pandas.DataFrame({'a': [1, 2]}))"
-    )
+@pytest.mark.slow
+def test_what_the_library_writes_gets_the_umask(tmp_path):
+    code = """
+import os, pathlib, pandas
+from ctbprn_lib import checkpoint
+from ctbprn_lib.audit import original
+from ctbprn_lib.model import CTBPRN
+for umask in (0o022, 0o077):
+    os.umask(umask)
+    folder = pathlib.Path(f"{umask:o}")
+    folder.mkdir()
+    CTBPRN(4, 8, 2, 2).save(folder / "m.safetensors")
+    checkpoint.write(folder / "c.safetensors", CTBPRN(4, 8, 2, 2).state_dict(), {}, {})
+    original.read_or_make(folder / "t.csv", lambda: pandas.DataFrame({"a": [1, 2]}))
+"""
     environment = os.environ | {"PYTHONPATH": str(storage.REPORTS.parent)}
-    subprocess.run((sys.executable, "-c", code), cwd=tmp_path, umask=umask, env=environment, check=True)
-    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {
-        "m.safetensors": mode, "c.safetensors": mode, "t.csv": mode,
-    }  # fmt: skip
+    subprocess.run((sys.executable, "-c", code), cwd=tmp_path, env=environment, check=True)
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        left = (tmp_path / f"{umask:o}").iterdir()
+        assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in left} == {
+            "m.safetensors": mode, "c.safetensors": mode, "t.csv": mode,
+        }  # fmt: skip

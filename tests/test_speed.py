@@ -77,6 +77,7 @@ def test_a_step_s_time_is_shared_out_among_its_operations(monkeypatch):
         assert row[kind] * row["operations"] == pytest.approx(sum(called.get(name, 0) for name in names)), kind
 
 
+@pytest.mark.slow
 def test_ours_is_compared_with_the_original_in_turns(monkeypatch):
     taken, seconds = [], speed._seconds
 
@@ -119,13 +120,7 @@ def test_throughput_is_measured_for_every_size_that_fits(monkeypatch):
     assert [row["seq_len"] for row in rows] == [2, 4]
 
 
-def test_a_worker_s_trials_are_counted(small_task):
-    from ctbprn_lib.train import Budget
-
-    assert speed.trials_an_hour(2, 1, Budget(1, 1, n_evals=1, n_validation=1)) > 0
-    assert speed.search_seconds(2) > 0 and speed.import_seconds() > 0
-
-
+@pytest.mark.slow
 def test_it_prints_its_table_with_torch_and_numpy_alone():
     script = """
 import sys

@@ -206,6 +206,7 @@ def test_on_eval_sees_each_scoring_and_may_stop_the_training(small_task):
     assert seen == [2, 4]
 
 
+@pytest.mark.slow
 def test_bf16_gives_nearly_the_same_score(small_task):
     full, half = (fit(HP, small_task, Budget(100, 4, precision=p, n_validation=512), 0) for p in ("fp32", "bf16"))
     assert half.val_accuracy.mean() == pytest.approx(full.val_accuracy.mean(), abs=0.06)
@@ -249,6 +250,7 @@ def test_values_that_cannot_be_are_refused(small_task, make, message):
         make(small_task)
 
 
+@pytest.mark.slow
 def test_model_tasks_and_train_need_torch_and_numpy_alone():
     """Some GPU machines have nothing else: with every other package of ours missing, a training still runs."""
     script = """
