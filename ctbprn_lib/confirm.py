@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -90,15 +91,15 @@ def sequence_lengths(base: Run, task: Task) -> list[Run]:
     return [Run("", replace(hp, seq_len=T), base.n_steps, base.role, "seq_len", T) for T in lengths]
 
 
-def levels(name: str, entry: list | dict, best: float, task: Task) -> list[float]:
+def levels(name: str, entry: list | dict, best: float, task: Task) -> list[Any]:
     """At least four values of a hyperparameter, in order: best, what the space names, and what its ladder adds.
 
     These are the ladder's levels inside the space, the next size above it, and one past an end where the best lies.
     """
     named = entry if isinstance(entry, list) else [entry["low"], entry["high"]]
     if name == "seq_len":
-        ladder = [max(1, task.n_tokens // n) for n in (8, 4, 2, 1)]
-        return sorted({*ladder, *(n for n in named if n <= task.n_tokens), best})
+        parts = [max(1, task.n_tokens // n) for n in (8, 4, 2, 1)]
+        return sorted({*parts, *(n for n in named if n <= task.n_tokens), best})
     ladder = TABLE[name].ladder
     low, high, sizes = min(named), max(named), isinstance(best, int)
     inside = [x for x in ladder if low <= x <= high]
@@ -375,21 +376,21 @@ def _prepare(threads):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
 
 
-def largest_batch(hp: Hyperparameters, task, device: str = "auto") -> dict[str, int | bool]:
+def largest_batch(hp: Hyperparameters, task: Task, device: str = "auto") -> dict[str, int | bool]:
     """The largest doubling of hp's batch, up to LARGEST_BATCH, with which one replica trains a step in the free memory.
 
     On a CPU each size is tried in a process of its own that may not use more than nine tenths of what is available.
     Returns {"batch_size", "free_mib", "tried_twice"}: tried_twice is whether twice as much was tried, and did not fit.
     """
-    device, size = resolve_device(device), hp.batch_size  # which has been trained
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] / 2**20
+    place, size = resolve_device(device), hp.batch_size  # which has been trained
+    if place.type == "cuda":
+        free = torch.cuda.mem_get_info(place)[0] / 2**20
     else:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 0.9 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**10
         allowed = resource.getrlimit(resource.RLIMIT_DATA)[0]  # what `ulimit -d` says
         free = free if allowed == resource.RLIM_INFINITY else min(free, allowed / 2**20)
-    while size < LARGEST_BATCH and fits(replace(hp, batch_size=2 * size), task, str(device), free):
+    while size < LARGEST_BATCH and fits(replace(hp, batch_size=2 * size), task, str(place), free):
         size *= 2
     return {"batch_size": size, "free_mib": round(free), "tried_twice": size < LARGEST_BATCH}
 

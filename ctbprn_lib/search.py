@@ -31,7 +31,7 @@ from ctbprn_lib.storage import connect, locked, sqlite_file, storage_url, study_
 from ctbprn_lib.train import KINDS, TABLE, Budget, Fit, Hyperparameters, Task, fit
 from ctbprn_lib.workers import FINISHED
 
-Space = dict[str, list | dict]  # {hyperparameter: levels, or low, high and log}
+Space = dict[str, Any]  # {hyperparameter: levels, or low, high and log}
 OBJECTIVES = {"val_ce": ["minimize"], "val_accuracy": ["maximize"], "both": ["minimize", "maximize"]}
 SAMPLERS = {
     "tpe": optuna.samplers.TPESampler,

@@ -185,7 +185,7 @@ class Training:
         self.step, self._replay_scoring = captured(self._step, self.generator), captured(self._score, self.generator)
         self._mib = self.memory.mib() if on_gpu else None  # a replay allocates nothing, so later there is no peak
 
-    def start(self, hyperparameters: Hyperparameters, seed: np.random.SeedSequence) -> None:
+    def start(self, hyperparameters: Hyperparameters, seed: int | np.random.SeedSequence) -> None:
         """Begin anew, as untrained begins: initial values, AdamW's moments, rates and random draws."""
         model, generator = untrained(hyperparameters, self.task, self.budget.n_replicas, seed)
         self.generator.manual_seed(generator.initial_seed())
