@@ -1,7 +1,11 @@
 """Where batches come from: the routing task of MODEL section 3, your own arrays, UEA files.
 
-Every task offers the same few things: n_areas K, n_features F, n_tokens T, n_classes C, description (what makes two
-tasks the same), draw (a training batch for R replicas), fixed (a held-out set that never changes) and baselines.
+Every task offers the same few things:
+- n_areas K, n_features F, n_tokens T, n_classes C, area_names (K,), class_names (C,) and classes (C,) as in the data;
+- description: what makes two tasks the same; given: the name under which it was loaded;
+- draw: a training batch for R replicas; fixed: a held-out set that never changes;
+- baselines: test accuracy of simple rules; facts: what a reader of a score should know about the samples;
+- preparation: how raw recordings become what a network sees.
 seq_len is how many of the first tokens the network sees; labels always come from all of them.
 """
 
