@@ -169,7 +169,7 @@ def ts(path: str | Path) -> tuple[list[np.ndarray], list[str]]:
 
 def _ts_header(path, lines):
     """({key in small letters: the words behind it}, number of the first line of data) of a .ts file."""
-    header = {}
+    header: dict[str, list[str]] = {}
     for n, line in enumerate(lines):
         words = line.split()
         if not words or words[0].startswith("#"):

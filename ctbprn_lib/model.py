@@ -138,7 +138,7 @@ class CTBPRN(nn.Module):
     ) -> None:
         super().__init__()
         sizes = dict(n_features=n_features, d=d, rank=rank, n_areas=n_areas, n_layers=n_layers, n_classes=n_classes)
-        self.config = sizes | dict(n_replicas=n_replicas, stem=bool(stem))
+        self.config: dict[str, Any] = sizes | dict(n_replicas=n_replicas, stem=bool(stem))
         for name, value in self.config.items():
             if not isinstance(value, int) or value < (name != "stem"):
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -346,12 +346,14 @@ class Classifier:
             center, scale = (state[name].numpy() for name in cls.TENSORS)
             seq_len, area_names, kind = about["seq_len"], about["area_names"], about["kind"]
             classes = np.array(about["classes"], dtype=kind if kind in KINDS_OF_LABELS else None)
-            text = {type(label) for label in about["classes"]} == {str}
-            whole = {type(label) for label in about["classes"]} in ({int}, {bool}) and kind in KINDS_OF_LABELS
+            kinds = {type(label) for label in about["classes"]}
+            whole = kinds in ({int}, {bool}) and kind in KINDS_OF_LABELS
             fits = (
-                (text or whole) and center.shape == scale.shape == (K, F) and center.dtype == scale.dtype == np.float64
+                (kinds == {str} or whole)
+                and center.shape == scale.shape == (K, F)
+                and center.dtype == scale.dtype == np.float64
             )
-            fits = fits and np.isfinite(center).all() and (scale > 0).all()
+            fits = fits and bool(np.isfinite(center).all() and (scale > 0).all())
             fits = fits and classes.shape == (network.config["n_classes"],) and classes.dtype.kind in "iuUb"
             fits = fits and type(seq_len) is int and seq_len > 0 and network.config["n_replicas"] == 1
             fits = fits and len(area_names) == K and all(isinstance(name, str) for name in area_names)

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import optuna
@@ -32,13 +32,17 @@ from ctbprn_lib.train import KINDS, TABLE, Budget, Fit, Hyperparameters, Task, f
 from ctbprn_lib.workers import FINISHED
 
 Space = dict[str, Any]  # {hyperparameter: levels, or low, high and log}
-OBJECTIVES = {"val_ce": ["minimize"], "val_accuracy": ["maximize"], "both": ["minimize", "maximize"]}
+OBJECTIVES: dict[str, list[Literal["minimize", "maximize"]]] = {
+    "val_ce": ["minimize"],
+    "val_accuracy": ["maximize"],
+    "both": ["minimize", "maximize"],
+}
 SAMPLERS = {
     "tpe": optuna.samplers.TPESampler,
     "random": optuna.samplers.RandomSampler,
     "nsga2": optuna.samplers.NSGAIISampler,
 }
-PRUNERS = {
+PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
     "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
     "hyperband": optuna.pruners.HyperbandPruner,
     "none": optuna.pruners.NopPruner,
@@ -115,7 +119,7 @@ def _number(value):
 
 def suggest(trial: optuna.Trial, space: Space) -> Hyperparameters:
     """Hyperparameters for one trial."""
-    values = {}
+    values: dict[str, Any] = {}
     for name, entry in space.items():
         if isinstance(entry, list):
             values[name] = trial.suggest_categorical(name, entry)
@@ -129,8 +133,10 @@ def suggest(trial: optuna.Trial, space: Space) -> Hyperparameters:
 def edge(entry: list | dict, best: float) -> str:
     """ "lower" or "upper" if best lies in the outer twentieth of a range, or on the first or last of several levels."""
     if isinstance(entry, list):
-        ends = (min(entry), max(entry)) if len(entry) > 1 else ()
-        return "" if best not in ends else "lower" if best == ends[0] else "upper"
+        low, high = min(entry), max(entry)
+        if len(entry) < 2 or best not in (low, high):
+            return ""
+        return "lower" if best == low else "upper"
     scale = math.log if entry.get("log") else float
     at = (scale(best) - scale(entry["low"])) / (scale(entry["high"]) - scale(entry["low"]))
     return "lower" if at < 0.05 else "upper" if at > 0.95 else ""
@@ -282,7 +288,7 @@ def run_trials(
         def on_eval(result: Fit) -> None:
             nonlocal told
             if all(result.diverged_at):
-                first = min(result.diverged_at)
+                first = min(step for step in result.diverged_at if step)
                 raise workers.TrialFailed(f"all {budget.n_replicas} replicas diverged, the first at step {first}")
             at_end, hopeless = result.steps[-1] == budget.n_steps, False
             if len(study.directions) == 1:
@@ -374,7 +380,8 @@ def records(study: workers.Study) -> pd.DataFrame:
         kept = dict(trial.user_attrs)
         if trial.state == optuna.trial.TrialState.FAIL:  # how far it had come is no score
             kept = {name: value for name, value in kept.items() if name not in (*SCORES, "curves")}
-        row, each = {"trial": trial.number, "state": trial.state.name.lower()}, {}
+        row: dict[str, Any] = {"trial": trial.number, "state": trial.state.name.lower()}
+        each: dict[str, float] = {}
         curves = by_layer(kept.get("curves", {}))
         for name in SCORES:
             last = or_chance(name, curves.get(name, [[]])[-1], C)

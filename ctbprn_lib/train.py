@@ -427,7 +427,8 @@ def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> torch.Te
 
 def clip_gradients(parameters: list[torch.nn.Parameter], largest: float) -> None:
     """Scale each replica's gradient, over all parameters, to a norm of at most largest."""
-    norms = torch.stack([torch.linalg.vector_norm(p.grad.flatten(1), dim=1) for p in parameters])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack([torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients])
     factor = (largest / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1)  # (R,)
-    for p in parameters:
-        p.grad.mul_(factor.view(-1, *[1] * (p.ndim - 1)))
+    for gradient in gradients:
+        gradient.mul_(factor.view(-1, *[1] * (gradient.ndim - 1)))

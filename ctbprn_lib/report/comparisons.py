@@ -105,8 +105,14 @@ class Comparisons:
         self.sees_margin = (high - low) / 2 <= MARGIN
         self.tests = self._all_tests()
 
-    def group(self, base: str, factor: str, level: float | str) -> Run | None:
-        """One run or None: a level of an ablation of base; or factor "role" and, as the level, the role's name."""
+    def group(self, base: str, factor: str, level: float | str) -> Run:
+        """One run: a level of an ablation of base; or factor "role" and, as the level, the role's name."""
+        run = self._find(base, factor, level)
+        if run is None:
+            raise KeyError(f"no run of {factor} {level} at {base}")
+        return run
+
+    def _find(self, base: str, factor: str, level: float | str) -> Run | None:
         base = self._role(base)
         return self._groups.get((level, "", "", None) if factor == "role" else ("", base, factor, level))
 
@@ -165,7 +171,10 @@ class Comparisons:
         tests["p_equivalence_holm"] = math.nan
         tests.loc[has, "p_equivalence_holm"] = evidence.holm(tests.loc[has, "p_equivalence"])
         columns = zip(tests["effect"], tests["p_holm"], tests["p_equivalence_holm"], tests["score"], strict=True)
-        tests["verdict"] = [evidence.verdict_on_effect(*numbers, score == "test_ce") for *numbers, score in columns]
+        tests["verdict"] = [
+            evidence.verdict_on_effect(effect, p, p_equivalence, score == "test_ce")
+            for effect, p, p_equivalence, score in columns
+        ]
         return tests
 
     def _test(self, kind: str, base: str, factor: str, good: Any, other: Any, score: str) -> Test | None:
@@ -173,7 +182,7 @@ class Comparisons:
         if kind == "claim" and factor == "role":
             a, b = self.again(good), self.again(other)
         else:
-            a, b = self.group(base, factor, good), self.group(base, factor, other)
+            a, b = self._find(base, factor, good), self._find(base, factor, other)
         if a is None or b is None or a is b:
             return None
         if min(np.isfinite(run[score]).sum() for run in (a, b)) < 2:  # the task knows no true area
@@ -230,7 +239,7 @@ class Comparisons:
         """What came of every claim.  others: {record: Decision} of those that other records decide."""
         decided = {claim: self.decide(claim) for claim in CLAIMS}
         for claim, decision in decided.items():
-            if decision.verdict == NOT_TESTED and claim.record in (others or {}):
+            if others and decision.verdict == NOT_TESTED and claim.record in others:
                 decided[claim] = others[claim.record]
         return decided
 

@@ -384,7 +384,9 @@ class Confirmed:
     def published_best(self) -> Row | None:
         """The published trial 2 beside the best, both by seeds that did not choose the best; None if it is the best."""
         for test in self.comparisons.of(Contrast("", "role", (TRIAL_2,), (BEST,))):
-            interval = evidence.mean_interval(self.comparisons.again(TRIAL_2)["test_accuracy"])
+            again = self.comparisons.again(TRIAL_2)
+            assert again is not None  # or there would be no such test
+            interval = evidence.mean_interval(again["test_accuracy"])
             return {"test": test, "interval": interval, "best": self.comparisons.base}
         return None
 
@@ -519,7 +521,7 @@ def load(study_name: str, storage_url: str = "") -> Facts:
         has_database=(storage.study_folder(study_name) / "optuna_studies" / "ctbprn_study.db").exists(),
     )
     runs, about = confirm.records(study_name, storage_url)
-    if runs is None:
+    if runs is None or about is None:
         return facts
     return replace(facts, baselines=_baselines(about["baselines"]), confirmed=confirmed(facts, runs, about))
 
@@ -621,12 +623,14 @@ def fit_memory_rule(sizes: ArrayLike, mib: ArrayLike) -> MemoryRule:
     if len(mib) < 6:
         raise InputError(f"a rule for memory needs at least six measurements, got {len(mib)}")
     X = np.column_stack([sizes, np.ones(len(mib))]) / mib[:, None]  # every measurement counts by its relative error
-    shapes, errors = np.unique(np.round(sizes, 9), axis=0, return_inverse=True)[1].ravel(), []
+    shapes = np.unique(np.round(np.asarray(sizes), 9), axis=0, return_inverse=True)[1].ravel()
+    errors = []
     for shape in np.unique(shapes):  # runs of one shape leave together, or each would be predicted by its twins
         out = shapes == shape
         coefficients = optimize.nnls(X[~out], np.ones((~out).sum()))[0]
         errors.append(np.median(abs(X[out] @ coefficients - 1)))
-    return MemoryRule(*map(float, optimize.nnls(X, np.ones(len(mib)))[0]), float(np.median(errors)))
+    per_activation, per_parameter, per_input, constant = map(float, optimize.nnls(X, np.ones(len(mib)))[0])
+    return MemoryRule(per_activation, per_parameter, per_input, constant, float(np.median(errors)))
 
 
 def measured_memory(trials: pd.DataFrame, n_replicas: int, task: dict) -> pd.DataFrame:

@@ -4,13 +4,14 @@ Colours: Okabe and Ito's palette, which colour-blind readers can tell apart.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 from numpy.typing import ArrayLike
 
 from ctbprn_lib import files
@@ -33,7 +34,7 @@ LABELS = {
     "train_seconds": "training time of the trial (s)",
     "peak_mem_mib": "peak memory of the trial (MiB)",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
@@ -102,7 +103,7 @@ def history(ax: Axes, trials: pd.DataFrame, score: str, best: np.ndarray) -> Axe
         label="best so far",
     )
     ax.set(xlabel="trial", ylabel=LABELS[score])
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     ax.legend(fontsize=9)
     return ax
 
@@ -169,7 +170,7 @@ def parallel_coordinates(ax: Axes, trials: pd.DataFrame, names: list[str], score
     ax.spines["left"].set_visible(False)
     ax.spines["bottom"].set_visible(False)
     bar = ax.figure.colorbar(colors, ax=ax, label=f"rank by {LABELS[score].split(' (')[0]}, 1 is best")
-    bar.ax.yaxis.get_major_locator().set_params(integer=True)
+    bar.ax.yaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     bar.ax.invert_yaxis()
     return ax
 
@@ -244,9 +245,10 @@ def histogram(ax: Axes, groups: Mapping[str, ArrayLike], mark: float, mark_label
     distinct = np.unique(everything.round(6))
     width = np.diff(distinct).min() if 1 < len(distinct) <= 40 else np.ptp(everything) / 30 or 1
     bins = np.arange(everything.min() - width / 2, everything.max() + width, width)
-    for (label, values), color in zip(groups.items(), CYCLE, strict=False):
+    for (label, group), color in zip(groups.items(), CYCLE, strict=False):
+        values = np.asarray(group)
         weights = np.full(len(values), 100 / len(values))
-        ax.hist(scale * np.asarray(values), bins, weights=weights, color=color, alpha=0.6, label=label)
+        ax.hist(scale * values, bins.tolist(), weights=weights, color=color, alpha=0.6, label=label)
     ax.axvline((scale if mark <= 1 and scale > 1 else 1) * mark, color=RED, lw=2, label=mark_label)
     ax.legend(fontsize=9)
     return ax
@@ -321,10 +323,19 @@ def _numbers(ax: Axes, trials: pd.DataFrame, x: str, y: str) -> None:
     best = best.sort_values(y, ascending=False)  # labels one below the other, so that their lines do not cross
     points = zip(best["trial"], _scaled(best, x), _scaled(best, y), strict=True)
     for place, (number, *at) in enumerate(points):
+        x_at, y_at = at
         offset = (9, -9 if place % 2 else 9) if few else (40, 16 * (1 - place))  # points
-        line = None if few else {"arrowstyle": "-", "color": GREY, "lw": 0.8}
-        ax.annotate(str(number), at, offset, textcoords="offset points", fontsize=9, va="center", arrowprops=line,
-                    zorder=5, bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5})  # fmt: skip
+        ax.annotate(
+            str(number),
+            (x_at, y_at),
+            offset,
+            textcoords="offset points",
+            fontsize=9,
+            va="center",
+            arrowprops=None if few else {"arrowstyle": "-", "color": GREY, "lw": 0.8},
+            zorder=5,
+            bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5},
+        )
 
 
 def _scaled(trials: pd.DataFrame, name: str) -> np.ndarray:

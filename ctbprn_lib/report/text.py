@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -169,8 +169,8 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         finalize=_without_last_newline,  # of a macro, which is part of a line or of a list
     )
-    filters = (percent, nats, signed_points, signed_nats, interval, p, effect, fixed, signed, commas, count, setting)
-    filters += (span, counted, distinct, outside, quoted, header)
+    filters: list[Callable[..., Any]] = [percent, nats, signed_points, signed_nats, interval, p, effect, fixed, signed]
+    filters += [commas, count, setting, span, counted, distinct, outside, quoted, header]
     env.filters |= {function.__name__: function for function in filters}
     env.filters |= {"label": FACTORS.__getitem__, "rule": RULES.__getitem__, "command_word": files.word}
     env.filters["is_finite"] = math.isfinite
