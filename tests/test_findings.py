@@ -549,7 +549,7 @@ def test_the_confirmed_page_is_whole_and_loads_nothing(published):
 
 def test_confirm_runs_and_ends_in_a_report(project, run_here):
     (project / "small.yaml").write_text("d: [4, 8]\nrank: [2]\nbatch_size: [4]\nseq_len: [8, 16]\n")
-    project.change("LARGEST_BATCH = 2**16", "LARGEST_BATCH = 8")  # samples; each larger batch is tried in a process of its own
+    project.change("LARGEST_BATCH = 2**16", "LARGEST_BATCH = 8")  # samples; each is tried in a process of its own
     study = {"study_name": "s", "task": "uea:BasicMotions"}
     run_here(project, "tune", **study, n_steps=3, n_replicas=2, space="small.yaml", n_trials=2)
     done = project.papermill("confirm", *study.items(), ("n_seeds", 2), ("n_top", 1))
