@@ -395,7 +395,7 @@ def largest_batch(hp: Hyperparameters, task: Task, device: str = "auto") -> dict
     return {"batch_size": size, "free_mib": round(free), "tried_twice": size < LARGEST_BATCH}
 
 
-def fits(hp: Hyperparameters, task, device: str, free_mib: float) -> bool:
+def fits(hp: Hyperparameters, task: Task, device: str, free_mib: float) -> bool:
     """Whether one replica trains a step within free_mib, tried in a process of its own."""
     with pool(1, torch.get_num_threads()) as process:
         try:
@@ -404,7 +404,7 @@ def fits(hp: Hyperparameters, task, device: str, free_mib: float) -> bool:
             return False
 
 
-def _one_step(hp: Hyperparameters, task, device: str, free_mib: float) -> bool:
+def _one_step(hp: Hyperparameters, task: Task, device: str, free_mib: float) -> bool:
     """Train one replica for one step; returns whether the memory was enough."""
     if device == "cpu":
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import optuna
 import sqlalchemy
@@ -165,9 +166,9 @@ class Storage(RDBStorage):
 
 def _patient(method):
     @functools.wraps(method)
-    def wait(self, *words, **named):
+    def wait(self: Storage, *args: Any, **kwargs: Any) -> Any:
         try:
-            return _patiently(self.url, lambda: method(self, *words, **named))
+            return _patiently(self.url, lambda: method(self, *args, **kwargs))
         except (ValueError, LookupError, TypeError) as error:
             gone = isinstance(error, KeyError) and "does not exist" in str(error)
             if method.__name__ not in READING or gone or isinstance(error, StorageError):
