@@ -1,7 +1,7 @@
 """Confirmation and ablation: chosen configurations trained again with fresh seeds, scored on the test set.
 
-A run is kept as a trial of the study "<name>/confirm" in the tuning study's database as soon as it is done, so a
-confirmation that was stopped goes on where it was.
+A run is a trial of the study "<name>/confirm" in the tuning study's database. It waits there for a worker, so a
+confirmation that was stopped goes on where it was, and several machines can share one.
 """
 
 import hashlib
@@ -9,10 +9,9 @@ import json
 import math
 import multiprocessing
 import resource
-import signal
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,13 +21,17 @@ import numpy as np
 import optuna
 import pandas as pd
 import torch
+from optuna.trial import FrozenTrial, TrialState
 
-from ctbprn_lib import InputError, evidence, files, published, search, storage
+from ctbprn_lib import InputError, checkpoint, evidence, files, processes, published, search, storage, workers
 from ctbprn_lib.device import out_of_memory, precision_context, resolve_device, resolve_precision
 from ctbprn_lib.model import CTBPRN, Classifier
 from ctbprn_lib.scoring import cross_entropy, route_accuracy, score
 from ctbprn_lib.search import Space
 from ctbprn_lib.train import TABLE, Budget, Hyperparameters, Task, fit, gumbel_noise, untrained
+from ctbprn_lib.workers import FINISHED
+
+OnDone = Callable[[dict[str, Any], int, int], None]
 
 # First spawn keys of the seeds: none has been used for tuning, and the best of the confirmed is measured afresh when it
 # is ablated, or every comparison with it would start from its luck.
@@ -115,53 +118,101 @@ def levels(name: str, entry: list | dict, best: float, task: Task) -> list[Any]:
 
 
 class Confirmation:
-    """Trains Runs of one task with n_seeds fresh seeds each, and keeps what came of them beside the tuning study.
+    """Trains Runs of one task with n_seeds fresh seeds each, and records them beside the tuning study.
 
+    A run is a trial of the study "<name>/confirm". It waits there until a worker takes it, as tuning trials do, so any
+    number of machines can do a confirmation together by the same command.
     Raises InputError if the study is of another task.
     """
 
-    def __init__(self, study, task, n_seeds=8, n_test=8192, seed=0, device="auto"):
-        asked = study.user_attrs["fingerprint"]
-        if asked["task"] != json.loads(json.dumps(task.description)):
-            raise InputError(f"study {study.study_name!r} is of the task {asked['task']}, got {task.description}")
+    def __init__(
+        self,
+        study: workers.Study,
+        task: Task,
+        n_seeds: int = 8,
+        n_test: int = 8192,
+        seed: int = 0,
+        device: str = "auto",
+        n_workers: int = 1,
+        minutes: float = 0,
+    ) -> None:
+        """n_workers, minutes: as search.run_trials has them; the minutes are those of all trainings together."""
+        tuned = study.user_attrs["fingerprint"]
+        if tuned["task"] != json.loads(json.dumps(task.description)):
+            raise InputError(f"study {study.study_name!r} is of the task {tuned['task']}, got {task.description}")
         self.task, self.n_test, self.device = task, n_test, resolve_device(device)
-        self.budget = Budget(**asked["budget"] | dict(n_replicas=n_seeds, n_evals=1))
+        self.budget = Budget(**tuned["budget"] | dict(n_replicas=n_seeds, n_evals=1))
         self.precision = resolve_precision(self.budget.precision, self.device)
-        self.seed, self.name = seed, study.study_name
-        self.study = storage.beside(study, f"{study.study_name}/confirm")
+        self.seed, self.name, self.n_workers = seed, study.study_name, n_workers
+        self.ends_at = time.time() + 60 * minutes if minutes else math.inf
+        self.weights = storage.REPORTS.parent / "runs" / "weights"
+        name = f"{study.study_name}/confirm"
+        storage.beside(study, name)
+        self.work = Confirming(
+            name,
+            storage.url_of(study),
+            task,
+            self.budget,
+            n_test,
+            seed,
+            device,
+            self.weights,
+            search.seconds_a_product(study, task),
+        )
+        self.study = self.work.open()
         if self.study.directions != [optuna.study.StudyDirection.MINIMIZE]:
             raise InputError(
-                f"the storage holds a study {self.study.study_name!r} that another program made for something else; "
-                f"delete it (optuna delete-study --study-name {self.study.study_name} --storage <URL>), or tune under "
-                "another study_name"
+                f"the storage holds a study {name!r} that another program made for something else; delete it (optuna "
+                f"delete-study --study-name {name} --storage <URL>), or tune under another study_name"
             )
         if of_deleted(study):
             raise InputError(
                 f"the storage holds the confirmation of a study {study.study_name!r} that has been deleted; delete it "
-                f"too (optuna delete-study --study-name {study.study_name}/confirm --storage <URL>), or tune under "
-                "another study_name"
+                f"too (optuna delete-study --study-name {name} --storage <URL>), or tune under another study_name"
             )
         self.study.set_user_attr("of", study.user_attrs.get("id"))
-        self.weights = storage.REPORTS.parent / "runs" / "weights"
 
-    def train(self, runs: Iterable[Run], on_done: Callable[[dict, int, int], None] | None = None) -> dict[str, dict]:
-        """Train what is not there yet; on a CPU one single-threaded process for each of torch's threads.
+    def train(self, runs: Iterable[Run], on_done: OnDone | None = None) -> dict[str, dict]:
+        """Train what is not there yet; what failed is tried again.
 
-        on_done(record, done, total) is called after each.  Returns {key: record} of all runs.
+        on_done(record, done, total) is called after each.  Returns {key: record}: of all runs, unless time ended it.
         """
         wanted = {self.key(run): run for run in runs}
-        kept, origin = {}, search.provenance()
-        for trial in self.study.get_trials(deepcopy=False):
-            if trial.user_attrs.get("key") in wanted and trial.state.name == "COMPLETE":  # failures are tried again
-                kept[trial.user_attrs["key"]] = trial.user_attrs
-        for key, record in self._trained({key: run for key, run in wanted.items() if key not in kept}):
-            kept[key] = json.loads(json.dumps({"key": key} | record | origin))
-            ce = record.get("mean_test_ce")
-            state = optuna.trial.TrialState.FAIL if ce is None else optuna.trial.TrialState.COMPLETE
-            self.study.add_trial(optuna.create_trial(state=state, value=ce, user_attrs=kept[key]))
-            if on_done:
-                on_done(record, len(kept), len(wanted))
-        return kept
+        self._queue(wanted)
+        done = wanted.keys() & _by_key(self.study).keys()
+
+        def announce(study: workers.Study, trial: FrozenTrial, n_finished: int) -> None:
+            if on_done and trial.user_attrs["key"] in wanted:
+                done.add(trial.user_attrs["key"])
+                on_done(_record(trial), len(done), len(wanted))
+
+        minutes = max(0.001, (self.ends_at - time.time()) / 60) if math.isfinite(self.ends_at) else 0
+        if len(done) < len(wanted):
+            is_done = processes.run(
+                self.work, self.study, self.n_workers, minutes, announce, self._mib(wanted.values())
+            )
+            self.study.set_user_attr("out_of_time", not is_done)
+        records = _by_key(self.study, failed=True)
+        return {key: records[key] for key in wanted if key in records}
+
+    def _queue(self, wanted: dict[str, Run]) -> None:
+        """Let the runs that are neither done nor under way wait for a worker, the longest first."""
+
+        def cost(key: str) -> float:
+            run = wanted[key]
+            return search.products(run.hyperparameters, self.task, run.n_steps, self.budget.n_replicas)
+
+        with storage.locked(storage.url_of(self.study)):
+            trials = self.study.get_trials(deepcopy=False)
+            taken = {t.user_attrs["key"] for t in trials if t.state != TrialState.FAIL or workers.is_retried(t, trials)}
+            for key in sorted(wanted.keys() - taken, key=cost, reverse=True):
+                attributes = {"key": key, "run": json.loads(json.dumps(asdict(wanted[key])))}
+                self.study.add_trial(optuna.create_trial(state=TrialState.WAITING, user_attrs=attributes))
+
+    def _mib(self, runs: Iterable[Run]) -> float:
+        """The memory in MiB that the largest of the runs takes to train on a CPU, about."""
+        spaces = [{name: [value] for name, value in asdict(run.hyperparameters).items()} for run in runs]
+        return max(search.memory_mib(space, self.task, self.budget.n_replicas) for space in spaces)
 
     def key(self, run: Run) -> str:
         """What makes two runs the same, as a hash."""
@@ -179,13 +230,13 @@ class Confirmation:
         largest_batch: dict | None,
         best: dict[str, Run] | None = None,
     ) -> None:
-        """Keep which runs answer which question, so that the report needs nothing but the database.
+        """Record which runs answer which question, so that the report needs nothing but the database.
 
         best: what save_best returned; the report then names the configurations whose weights are in its files.
         """
         plan = [asdict(run) | {"key": self.key(run)} for run in runs]
         self.study.set_user_attr("plan", json.loads(json.dumps(plan)))
-        about = dict(n_seeds=self.budget.n_replicas, n_test=self.n_test, n_top=n_top, seed=self.seed)
+        about: dict[str, Any] = dict(n_seeds=self.budget.n_replicas, n_test=self.n_test, n_top=n_top, seed=self.seed)
         if best:
             about["best"] = {"accuracy": best["best_accuracy"].role, "ce": best["best_ce"].role}
         self.study.set_user_attr("about", about | dict(baselines=baselines, largest_batch=largest_batch))
@@ -197,9 +248,12 @@ class Confirmation:
         """
         folder, best = storage.study_folder(self.name), {}
         folder.mkdir(parents=True, exist_ok=True)
-        usable = {run.role: run for run in runs if "mean_test_ce" in records[self.key(run)]}
+        usable = {run.role: run for run in runs if "mean_test_ce" in records.get(self.key(run), {})}
         if not usable:
-            raise InputError(f"no configuration could be trained: {records[self.key(runs[0])]['failure']}")
+            failures = [record["failure"] for record in records.values() if "failure" in record]
+            raise InputError(
+                "no configuration could be trained: " + (failures[0] if failures else "the time was too short")
+            )
         scored = {role: records[self.key(run)] for role, run in usable.items()}
         names = ("test_accuracy", "test_ce")
         seeds = [
@@ -210,10 +264,10 @@ class Confirmation:
             name, run, record = f"best_{score_name}", usable[role], scored[role]
             best[name] = run
             made = self.weights / f"{self.key(run)}.safetensors"
-            if not made.exists():  # trained by an earlier call; on one CPU the same seeds give the same weights
-                _train(self.task, run, self.budget, self.n_test, self.seed, str(self.device), made)
-            content = {"study": self.name, "role": run.role, "hyperparameters": asdict(run.hyperparameters),
-                       "n_steps": run.n_steps, "task": self.task.description}  # fmt: skip
+            if not made.exists():  # trained elsewhere; on one CPU the same seeds give the same weights
+                self.work.train(run, self.key(run))
+            content: dict[str, Any] = {"study": self.name, "role": run.role, "n_steps": run.n_steps}
+            content |= {"hyperparameters": asdict(run.hyperparameters), "task": self.task.description}
             content["class_names"] = list(self.task.class_names)
             for kind in ("test_accuracy", "test_ce"):
                 mean, low, high = evidence.mean_interval(_no_gaps(record, kind), nats=kind == "test_ce")
@@ -230,39 +284,110 @@ class Confirmation:
                 new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return best
 
-    def _trained(self, todo):
-        """Yield (key, record) as they are done."""
-        same, words = (self.budget, self.n_test, self.seed, str(self.device)), {}
-        for key, run in todo.items():
-            words[key] = (self.task, run, *same, self.weights / f"{key}.safetensors" if run.role else None)
-        workers = 1 if self.device.type == "cuda" else min(torch.get_num_threads(), len(todo))
-        if workers <= 1:
-            for key, word in words.items():
-                yield key, _train(*word)
-            return
-        longest_first = sorted(words, key=lambda key: -todo[key].n_steps * todo[key].hyperparameters.batch_size)
-        with pool(workers) as processes:
-            futures = {processes.submit(_train, *words[key]): key for key in longest_first}
-            broken = None
-            try:
-                for future in as_completed(futures):
-                    if future.cancelled():
-                        continue
-                    if error := future.exception():
-                        broken = broken or error
-                        for other in futures:  # what runs is still kept, and only what has not begun is not
-                            other.cancel()
-                    else:
-                        yield futures[future], future.result()
-            except (KeyboardInterrupt, GeneratorExit):
-                for process in multiprocessing.active_children():  # or the end of what runs would be waited for
-                    process.terminate()
+
+@dataclass
+class Confirming:
+    """The work on a study "<name>/confirm" (see workers.Work): all that another process needs to train its runs."""
+
+    study_name: str
+    url: str
+    task: Task
+    budget: Budget
+    n_test: int
+    seed: int
+    device: str
+    weights: Path  # folder for the weights of the configurations that have a role
+    seconds_a_product: float  # of the tuning study's trainings, for the time before a run is done here
+    n_trials: int | None = None  # until none waits
+
+    def open(self) -> workers.Study:
+        """The study, opened by a worker process."""
+        return workers.Study(self.study_name, storage.connect(self.url))
+
+    def run(self, study: workers.Study, trial: optuna.Trial) -> float:
+        """Train and score the run that a trial holds, and record it; returns the mean test CE."""
+        run = _run_of(trial)
+        try:
+            record = self.train(run, trial.user_attrs["key"])
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
                 raise
-        if isinstance(broken, BrokenProcessPool):
-            raise InputError("a process that trained was ended from outside, as happens where memory is short; what "
-                             "was done is kept, and the same command goes on from there")  # fmt: skip
-        if broken:
-            raise broken
+            trial.set_user_attr("record", {"n_classes": self.task.n_classes})
+            raise workers.TrialFailed(f"out of memory at {run.hyperparameters}") from None
+        trial.set_user_attr("record", json.loads(json.dumps(record | search.provenance())))
+        return record["mean_test_ce"]
+
+    def clear(self, study: workers.Study, trial: FrozenTrial) -> None:
+        """Remove the checkpoint of a run whose record is in the database."""
+        checkpoint.remove(self._checkpoint(trial.user_attrs["key"]))
+
+    def seconds(self, study: workers.Study, trial: FrozenTrial | None) -> float:
+        """The expected time of a run, from those that are done here or, before there is one, from the tuning trials."""
+        if trial is None:
+            return 0.0
+        done = [trial for trial in study.get_trials(deepcopy=False, states=FINISHED) if "run" in trial.user_attrs]
+        rates = [search.seconds_of(trial) / self._products(trial) for trial in done]
+        return self._products(trial) * (float(np.median(rates)) if rates else self.seconds_a_product)
+
+    def _products(self, trial: FrozenTrial) -> float:
+        run = _run_of(trial)
+        return search.products(run.hyperparameters, self.task, run.n_steps, self.budget.n_replicas)
+
+    def _checkpoint(self, key: str) -> Path:
+        return self.weights.parent / "checkpoints" / f"confirm-{key}.safetensors"
+
+    def train(self, run: Run, key: str) -> dict[str, Any]:
+        """Train one Run and score it; writes the weights of the best seed by validation CE if it has a role."""
+        budget = replace(self.budget, n_steps=run.n_steps)
+        purpose = ABLATING if run.base else CONFIRMING
+        seeds = np.random.SeedSequence(
+            self.seed, spawn_key=(purpose,)
+        )  # the same for all: pairs where shapes are equal
+        started, hp = time.perf_counter(), run.hyperparameters
+        result = fit(hp, self.task, budget, seeds, self.device, checkpoint=self._checkpoint(key))
+        seconds = time.perf_counter() - started
+        autocast = precision_context(result.precision, torch.device(result.device))
+        test = score(result.model, self.task, "test", self.n_test, hp.seq_len, autocast)
+        last = {name: values[-1] for name, values in result.curves.items()}
+        test |= route_accuracy(test, last) | {name: last[name] for name in VALIDATION}
+        is_alive = np.array([step is None for step in result.diverged_at])
+        scores = {name: _with_gaps(values, is_alive) for name, values in test.items()}
+        record = search.trial_record(result) | scores
+        record |= {"n_classes": self.task.n_classes, "train_seconds": seconds}
+        record = {name: value for name, value in record.items() if name not in ("curves", "steps")}
+        for name in ("test_accuracy", "test_ce"):
+            record[f"mean_{name}"] = float(np.mean(_no_gaps(record, name)))
+        record["kept_seed"] = int(np.argmin(np.where(is_alive, test["val_ce"], np.inf)))
+        if run.role:
+            self.weights.mkdir(parents=True, exist_ok=True)
+            result.model.replica(record["kept_seed"]).save(self.weights / f"{key}.safetensors")
+        return record
+
+
+def _run_of(trial: optuna.Trial | FrozenTrial) -> Run:
+    """The Run that a trial holds."""
+    text = trial.user_attrs["run"]
+    return Run(**text | {"hyperparameters": Hyperparameters(**text["hyperparameters"])})
+
+
+def _with_gaps(values: np.ndarray, is_alive: np.ndarray) -> list[float | None]:
+    """(R,) scores as JSON has them: None where a seed diverged, or where there is no score."""
+    return [float(x) if ok else None for x, ok in zip(values, is_alive & np.isfinite(values), strict=True)]
+
+
+def _by_key(study: optuna.Study, failed: bool = False) -> dict[str, dict]:
+    """{key: record} of the runs in a study that are done and, if asked for, of those that gave no score."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.FAIL, TrialState.COMPLETE))
+    trials = [trial for trial in trials if trial.state == TrialState.COMPLETE or failed]
+    is_done = [trial.state == TrialState.COMPLETE for trial in trials]
+    in_order = [trial for _, trial in sorted(zip(is_done, trials, strict=True), key=lambda pair: pair[0])]
+    return {trial.user_attrs["key"]: _record(trial) for trial in in_order if "key" in trial.user_attrs}
+
+
+def _record(trial: FrozenTrial) -> dict[str, Any]:
+    """What is recorded of a run; runs of before there were workers have it among their attributes."""
+    attributes = {name: value for name, value in trial.user_attrs.items() if name not in ("record", "run")}
+    return attributes | trial.user_attrs.get("record", {})
 
 
 def confirm_study(study: optuna.Study) -> optuna.Study | None:
@@ -292,14 +417,11 @@ def records(name: str, storage: str = "") -> tuple[pd.DataFrame, dict] | tuple[N
     study = confirm_study(tuned)
     if study is None or of_deleted(tuned) or "plan" not in study.user_attrs:
         return None, None
-    kept, rows = {}, []
-    for trial in sorted(study.trials, key=lambda trial: trial.state.name == "COMPLETE"):
-        if "key" in trial.user_attrs:
-            kept[trial.user_attrs["key"]] = trial.user_attrs
+    kept, rows = _by_key(study), []
     for run in study.user_attrs["plan"]:
-        record = kept[run["key"]]
-        if "mean_test_ce" not in record:
+        if run["key"] not in kept:  # it gave no score, or time ended the confirmation before it
             continue
+        record = kept[run["key"]]
         shared = {k: run[k] for k in ("role", "base", "factor", "level")}
         shared |= asdict(Hyperparameters(**run["hyperparameters"]))  # with those that were added since
         cost = ("train_seconds", "step_time_ms", "peak_mem_mib", "n_parameters", *search.ORIGIN)
@@ -334,48 +456,6 @@ def _no_gaps(record, name):
     return values if routed else search.or_chance(name, values, record["n_classes"])
 
 
-def _train(task, run, budget, n_test, seed, device, weights=None):
-    """Train one Run and score it; writes the weights of the best seed by validation CE if a path is given."""
-    budget = replace(budget, n_steps=run.n_steps)
-    purpose = ABLATING if run.base else CONFIRMING
-    seeds = np.random.SeedSequence(seed, spawn_key=(purpose,))  # the same for all: pairs where shapes are equal
-    started = time.perf_counter()
-    try:
-        result = fit(run.hyperparameters, task, budget, seeds, device)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        return {"failure": f"out of memory at {run.hyperparameters}", "n_classes": task.n_classes}
-    seconds = time.perf_counter() - started
-    autocast = precision_context(result.precision, torch.device(result.device))
-    test = score(result.model, task, "test", n_test, run.hyperparameters.seq_len, autocast)
-    last = {name: values[-1] for name, values in result.curves.items()}
-    test |= route_accuracy(test, last) | {name: last[name] for name in VALIDATION}
-    alive = np.array([step is None for step in result.diverged_at])
-    listed = {k: [float(x) if ok else None for x, ok in zip(v, alive & np.isfinite(v), strict=True)]
-              for k, v in test.items()}  # fmt: skip
-    record = listed | search.trial_record(result) | listed | {"n_classes": task.n_classes, "train_seconds": seconds}
-    record = {k: v for k, v in record.items() if k not in ("curves", "steps")}
-    for name in ("test_accuracy", "test_ce"):
-        record[f"mean_{name}"] = float(np.mean(_no_gaps(record, name)))
-    record["kept_seed"] = int(np.argmin(np.where(alive, test["val_ce"], np.inf)))
-    if weights:
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        result.model.replica(record["kept_seed"]).save(weights)
-    return record
-
-
-def pool(workers: int, threads: int = 1) -> ProcessPoolExecutor:
-    """Processes that start afresh: a fork of a process with threads can hang."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=(threads,))
-
-
-def _prepare(threads):
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
-
-
 def largest_batch(hp: Hyperparameters, task: Task, device: str = "auto") -> dict[str, int | bool]:
     """The largest doubling of hp's batch, up to LARGEST_BATCH, with which one replica trains a step in the free memory.
 
@@ -397,7 +477,8 @@ def largest_batch(hp: Hyperparameters, task: Task, device: str = "auto") -> dict
 
 def fits(hp: Hyperparameters, task: Task, device: str, free_mib: float) -> bool:
     """Whether one replica trains a step within free_mib, tried in a process of its own."""
-    with pool(1, torch.get_num_threads()) as process:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),)) as process:
         try:
             return process.submit(_one_step, hp, task, device, free_mib).result()
         except BrokenProcessPool:

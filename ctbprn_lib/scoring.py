@@ -76,7 +76,7 @@ def named(sums: torch.Tensor, n_layers: int, n_classes: int, split: str) -> dict
     nats, hits, routed = rows[0], rows[1], rows[2 : 2 + n_layers]
     hits_in_class, in_class = np.split(rows[2 + n_layers :], [n_classes])
     n, tested = in_class.sum(0), in_class[:, 0] > 0
-    prefix = "val" if split == "validation" else split
+    prefix = "test" if split == "test" else "val"
     scores = {
         f"{prefix}_ce": nats / n,
         f"{prefix}_accuracy": hits / n,

@@ -14,7 +14,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -22,23 +22,21 @@ import numpy as np
 import optuna
 import pandas as pd
 import torch
-import torch._dynamo  # torch.optim imports it in the first training: Ctrl-C amid an import is another error
+from optuna.trial import FrozenTrial, TrialState
 
-from ctbprn_lib import InputError, __version__, checkpoint, files, storage, workers
+from ctbprn_lib import InputError, __version__, checkpoint, files, processes, storage, workers
 from ctbprn_lib.device import device_name, out_of_memory
 from ctbprn_lib.evidence import mean_interval
 from ctbprn_lib.storage import connect, locked, sqlite_file, storage_url, study_folder
-from ctbprn_lib.train import KINDS, TABLE, Budget, Fit, Hyperparameters, Task, fit
+from ctbprn_lib.train import KINDS, TABLE, Budget, Fit, Hyperparameters, Task, fit, multiply_adds
 from ctbprn_lib.workers import FINISHED
 
 Space = dict[str, Any]  # {hyperparameter: levels, or low, high and log}
-OBJECTIVES: dict[str, list[Literal["minimize", "maximize"]]] = {
-    "val_ce": ["minimize"],
-    "val_accuracy": ["maximize"],
-    "both": ["minimize", "maximize"],
-}
-SAMPLERS = {
-    "tpe": optuna.samplers.TPESampler,
+# Each objective and the scores that it makes better.
+OBJECTIVES = {"val_ce": ["val_ce"], "val_accuracy": ["val_accuracy"], "both": ["val_ce", "val_accuracy"]}
+DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {"val_ce": "minimize", "val_accuracy": "maximize"}
+SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
+    "tpe": functools.partial(optuna.samplers.TPESampler, constant_liar=True),  # it knows what other workers try now
     "random": optuna.samplers.RandomSampler,
     "nsga2": optuna.samplers.NSGAIISampler,
 }
@@ -167,23 +165,31 @@ def open_study(
     """
     if objective == "both" and pruner != "none":
         raise InputError("objective both (a Pareto front) cannot be pruned; give pruner none with it")
+    url = storage_url(name, storage)
+    return _open(name, url, task, space, budget, objective, sampler, pruner, seed)
+
+
+def _open(name, url, task, space, budget, objective, sampler, pruner, seed):
+    """The study in the database at url, made where it is not there."""
     fingerprint = dict(protocol="replicated", task=task.description, space=space, budget=asdict(budget))
     fingerprint = json.loads(json.dumps(fingerprint | dict(objective=objective, seed=seed)))
-    url = storage_url(name, storage)
-    kept = connect(url)
+    directions = [DIRECTIONS[score] for score in OBJECTIVES[objective]]
+    database = connect(url)
     with locked(url):
-        made = optuna.create_study(study_name=name, storage=kept, directions=OBJECTIVES[objective], load_if_exists=True)
-        study = workers.Study(name, kept, pruner=PRUNERS[pruner]())
-        asked, so_far = study.user_attrs.get("fingerprint"), len(study.get_trials(deepcopy=False))
-        if asked is None:
-            _refuse_of_others(made, objective)
+        made = optuna.create_study(study_name=name, storage=database, directions=directions, load_if_exists=True)
+        study = workers.Study(name, database, pruner=PRUNERS[pruner]())
+        recorded, so_far = study.user_attrs.get("fingerprint"), len(study.get_trials(deepcopy=False))
+        if recorded is None:
+            _refuse_of_others(made, directions)
             _set_aside(name)
             study.set_user_attr("fingerprint", fingerprint)
             study.set_user_attr("id", uuid.uuid4().hex)  # a study deleted and made again is another one
-        elif asked != fingerprint:
-            differences = "\n".join(f"  {what}" for what in _differences(asked or {}, fingerprint))
-            raise InputError(f"study {name!r} exists and asks another question; give another study_name, or the values "
-                             f"it was made with:\n{differences}")  # fmt: skip
+        elif recorded != fingerprint:
+            differences = "\n".join(f"  {line}" for line in _differences(recorded or {}, fingerprint))
+            raise InputError(
+                f"study {name!r} exists and asks another question; give another study_name, or the values it was made "
+                f"with:\n{differences}"
+            )
         n_before = study.user_attrs.get("n_workers", 0)
         study.set_user_attr("n_workers", n_before + 1)
         study.set_user_attr("facts", json.loads(json.dumps(task.facts | {"given": task.given})))
@@ -210,13 +216,13 @@ def _set_aside(name):
             path.rename(place / path.name)
 
 
-def _refuse_of_others(study, objective):
+def _refuse_of_others(study, directions):
     """Refuse a study that another program made and used, or made for something else."""
-    n_trials, directions = len(study.get_trials(deepcopy=False)), [d.name.lower() for d in study.directions]
-    if n_trials or directions != OBJECTIVES[objective]:
+    n_trials, theirs = len(study.get_trials(deepcopy=False)), [d.name.lower() for d in study.directions]
+    if n_trials or theirs != directions:
         raise InputError(
             f"study {study.study_name!r} was made by another program ({n_trials} trials, it is to "
-            f"{' and '.join(directions)}), so its trials cannot be compared with those of this project; give another "
+            f"{' and '.join(theirs)}), so its trials cannot be compared with those of this project; give another "
             "study_name"
         )
 
@@ -263,73 +269,159 @@ def run_trials(
     budget: Budget,
     seed: int = 0,
     device: str = "auto",
-    on_trial: Callable[[workers.Study, optuna.trial.FrozenTrial, int], None] | None = None,
+    on_trial: processes.OnTrial | None = None,
+    n_workers: int = 1,
+    minutes: float = 0,
 ) -> None:
     """Run trials until the study has n_trials finished ones (complete or pruned), whoever ran them.
 
-    on_trial(study, trial, n_finished) is called after each trial.  Ctrl-C and SIGTERM leave the trial that runs to be
-    tried again, by this process or another; on this machine it goes on from its last checkpoint.
+    on_trial(study, trial, n_finished) is called for each trial that ends, in order, whichever worker ran it.
+    n_workers: 1 is this process alone, 0 one single-threaded process a core (as memory allows), or one a GPU.
+    minutes: no trial is begun that is not expected to end within them; 0 is no limit.
+    Ctrl-C and SIGTERM leave the trials that run to be tried again, by this process or another; on this machine they go
+    on from their last checkpoints.
     Raises InputError once n_trials of this call's trials in a row (but at least three) have failed: there is nothing to
     report then.
     """
-    origin, n_failed = provenance(), 0
+    recorded = study.user_attrs["fingerprint"]
+    search = Search(
+        study.study_name, storage.url_of(study), task, space, budget, recorded["objective"], seed,
+        study.marks["sampler"], study.marks["pruner"], device, n_trials,
+    )  # fmt: skip
+    n_failed = 0
 
-    def objective(trial: optuna.Trial) -> float | tuple[float, float]:
+    def announce(study: workers.Study, trial: FrozenTrial, n_finished: int) -> None:
+        nonlocal n_failed
+        n_failed = 0 if trial.state in FINISHED else n_failed + 1
+        if n_failed >= max(3, n_trials):
+            reason = trial.user_attrs["failure"]
+            raise InputError(f"the last {n_failed} trials gave no score; the last one: {reason}")
+        if on_trial:
+            on_trial(study, trial, n_finished)
+
+    is_done = processes.run(search, study, n_workers, minutes, announce, memory_mib(space, task, budget.n_replicas))
+    study.set_user_attr("out_of_time", None if is_done else {"minutes": minutes, "n_trials": n_trials})
+
+
+def memory_mib(space: Space, task: Task, n_replicas: int) -> float:
+    """About the memory in MiB that training the largest configuration of a space takes on a CPU.
+
+    Forty numbers of float32 for each number of an activation (R,K,B,T,d) of a layer are more than any measured.
+    """
+    largest = asdict(Hyperparameters())
+    for name, entry in space.items():
+        largest[name] = max(entry) if isinstance(entry, list) else entry["high"]
+    tokens = min(largest["seq_len"], task.n_tokens)
+    numbers = n_replicas * task.n_areas * largest["batch_size"] * tokens * largest["d"] * largest["n_layers"]
+    return 40 * 4 * numbers / 2**20
+
+
+@dataclass
+class Search:
+    """The work on a tuning study (see workers.Work): all that another process needs to run its trials."""
+
+    study_name: str
+    url: str
+    task: Task
+    space: Space
+    budget: Budget
+    objective: str
+    seed: int
+    sampler: str
+    pruner: str
+    device: str
+    n_trials: int | None
+
+    def open(self) -> workers.Study:
+        """The study, opened by a worker process."""
+        return _open(
+            self.study_name, self.url, self.task, self.space, self.budget, self.objective, self.sampler, self.pruner,
+            self.seed,
+        )  # fmt: skip
+
+    def run(self, study: workers.Study, trial: optuna.Trial) -> float | tuple[float, ...]:
+        """Train one trial, and put its record into the database; returns its values."""
         try:
-            hp = suggest(trial, space)
+            hp = suggest(trial, self.space)
             trial.suggest_float(PLACEBO, 0.0, 1.0)
         except ValueError as error:  # of Optuna: a parameter is of one kind in a whole study
             raise InputError(
                 f"study {study.study_name!r} cannot hold this trial, because another program has put in one with "
                 f"another kind of the same hyperparameter ({error}); give another study_name"
             ) from None
-        started, told = time.perf_counter(), 0
-
-        def on_eval(result: Fit) -> None:
-            nonlocal told
-            if all(result.diverged_at):
-                first = min(step for step in result.diverged_at if step)
-                raise workers.TrialFailed(f"all {budget.n_replicas} replicas diverged, the first at step {first}")
-            at_end, hopeless = result.steps[-1] == budget.n_steps, False
-            if len(study.directions) == 1:
-                name = "val_ce" if study.direction.name == "MINIMIZE" else "val_accuracy"
-                for at in range(told, len(result.steps)):  # several, after a checkpoint
-                    trial.report(scores(result, at)[name], at + 1)
-                told = len(result.steps)
-                hopeless = not at_end and trial.should_prune()
-            if at_end or hopeless:  # not each time: it takes as long as the rest of what the database is told
-                record = trial_record(result) | origin | {"train_seconds": time.perf_counter() - started}
-                for key, value in record.items():
-                    trial.set_user_attr(key, value)
-            if hopeless:
-                raise optuna.TrialPruned
-
-        seeds = np.random.SeedSequence(seed, spawn_key=(TUNING, workers.first_try(trial)))
+        seeds = np.random.SeedSequence(self.seed, spawn_key=(TUNING, workers.first_try(trial)))
+        reporter = _Reporter(trial, self.objective, self.budget.n_steps)
         try:
-            result = fit(hp, task, budget, seeds, device, on_eval, checkpoint_of(study, trial))
+            result = fit(hp, self.task, self.budget, seeds, self.device, reporter, checkpoint_of(study, trial))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
             raise workers.TrialFailed(f"out of memory at {hp}") from None
-        score = scores(result)
-        if len(study.directions) == 2:
-            return score["val_ce"], score["val_accuracy"]
-        return score["val_ce"] if study.direction.name == "MINIMIZE" else score["val_accuracy"]
+        values = scores(result)
+        return tuple(values[name] for name in OBJECTIVES[self.objective])
 
-    for trial in workers.run(study, n_trials, objective):
-        checkpoint.remove(checkpoint_of(study, trial))  # not before: the result is in the database now
-        n_failed = 0 if trial.state in FINISHED else n_failed + 1
-        if n_failed >= max(3, n_trials):
-            why = trial.user_attrs["failure"]
-            raise InputError(f"the last {n_failed} trials gave no score; the last one: {why}")
-        if on_trial:
-            on_trial(study, trial, len(study.get_trials(deepcopy=False, states=FINISHED)))
+    def clear(self, study: workers.Study, trial: FrozenTrial) -> None:
+        """Remove the checkpoint of a trial whose result is in the database."""
+        checkpoint.remove(checkpoint_of(study, trial))
+
+    def seconds(self, study: workers.Study, trial: FrozenTrial | None) -> float:
+        """The mean time of the trials that are finished; 0 while there is none."""
+        finished = [seconds_of(trial) for trial in study.get_trials(deepcopy=False, states=FINISHED)]
+        return float(np.mean(finished)) if finished else 0.0
+
+
+class _Reporter:
+    """Tells the database how a training goes, and ends one that is hopeless; fit calls it after each scoring."""
+
+    def __init__(self, trial: optuna.Trial, objective: str, n_steps: int) -> None:
+        self.trial, self.objective, self.n_steps = trial, objective, n_steps
+        self.n_reported, self.started = 0, time.perf_counter()
+
+    def __call__(self, result: Fit) -> None:
+        if all(result.diverged_at):
+            first = min(step for step in result.diverged_at if step)
+            raise workers.TrialFailed(f"all {len(result.diverged_at)} replicas diverged, the first at step {first}")
+        is_last = result.steps[-1] == self.n_steps
+        is_hopeless = False
+        if len(OBJECTIVES[self.objective]) == 1:
+            (name,) = OBJECTIVES[self.objective]
+            for at in range(self.n_reported, len(result.steps)):  # several, after a checkpoint
+                self.trial.report(scores(result, at)[name], at + 1)
+            self.n_reported = len(result.steps)
+            is_hopeless = not is_last and self.trial.should_prune()
+        if is_last or is_hopeless:  # not each time: it takes as long as all else that the database is told
+            record = trial_record(result) | provenance()
+            record["train_seconds"] = time.perf_counter() - self.started
+            for key, value in record.items():
+                self.trial.set_user_attr(key, value)
+        if is_hopeless:
+            raise optuna.TrialPruned
 
 
 def checkpoint_of(study: optuna.Study, trial: optuna.Trial | optuna.trial.FrozenTrial) -> Path:
     """The file in which a trial is kept while it runs, and from which its next try goes on."""
     name = f"{study_folder(study.study_name).name}-{workers.first_try(trial)}.safetensors"
     return storage.REPORTS.parent / "runs" / "checkpoints" / name
+
+
+def products(hyperparameters: Hyperparameters, task: Task, n_steps: int, n_replicas: int) -> float:
+    """The multiply-adds of a training, backward pass included."""
+    return 3.0 * multiply_adds(hyperparameters, task) * hyperparameters.batch_size * n_steps * n_replicas
+
+
+def seconds_of(trial: FrozenTrial) -> float:
+    """How long the last try of a trial took."""
+    return trial.duration.total_seconds() if trial.duration else 0.0
+
+
+def seconds_a_product(study: workers.Study, task: Task) -> float:
+    """Seconds for each multiply-add, the median of a tuning study's complete trials; 0 if it has none."""
+    budget, rates = study.user_attrs["fingerprint"]["budget"], []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        known = {name: KINDS[name](value) for name, value in trial.params.items() if name in KINDS}
+        count = products(Hyperparameters(**known), task, budget["n_steps"], budget["n_replicas"])
+        rates.append(seconds_of(trial) / count)
+    return float(np.median(rates)) if rates else 0.0
 
 
 def scores(result: Fit, at: int = -1) -> dict[str, float]:
@@ -375,10 +467,10 @@ def records(study: workers.Study) -> pd.DataFrame:
     asked, rows = study.user_attrs["fingerprint"], []
     C, how = asked["task"].get("n_classes", 2), study.user_attrs.get("how", {})  # of studies before trials kept it
     for trial in study.trials:
-        if trial.state == optuna.trial.TrialState.WAITING:  # it has not begun
+        if trial.state == TrialState.WAITING:  # it has not begun
             continue
         kept = dict(trial.user_attrs)
-        if trial.state == optuna.trial.TrialState.FAIL:  # how far it had come is no score
+        if trial.state == TrialState.FAIL:  # how far it had come is no score
             kept = {name: value for name, value in kept.items() if name not in (*SCORES, "curves")}
         row: dict[str, Any] = {"trial": trial.number, "state": trial.state.name.lower()}
         each: dict[str, float] = {}
@@ -440,8 +532,9 @@ def commit() -> str:
         return "unknown"
 
 
+@functools.cache
 def provenance() -> dict[str, str]:
-    """Versions and commit of what runs."""
+    """Versions and commit of what runs; they are those of the first call, when the code was loaded."""
     return dict(ctbprn=__version__, torch=torch.__version__, optuna=optuna.__version__,
                 python=platform.python_version(), commit=commit())  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 import fcntl
 import functools
-import inspect
 import os
 import random
 import re
@@ -17,7 +16,7 @@ from typing import Any
 import optuna
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage, _CachedStorage
 
 from ctbprn_lib import InputError
 
@@ -29,6 +28,8 @@ ADVISORY_LOCK = 0x435442  # its number in PostgreSQL, which has one such lock fo
 # Seconds and milliseconds after which a silent server counts as gone; without them a broken line hangs for minutes.
 POSTGRESQL = dict(connect_timeout=10, keepalives_idle=30, keepalives_interval=10, keepalives_count=3,
                   tcp_user_timeout=30_000)  # fmt: skip
+# Errors that may pass; the last is of Optuna's second attempt on a lost connection.
+PASSING = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.PendingRollbackError)
 HOPELESS = "authentication failed|no password|pg_hba|does not exist|permission denied|No space left"  # of waiting
 
 
@@ -104,8 +105,8 @@ def _parsed(url):
 def _secrets(url):
     """The passwords in a URL."""
     url = _parsed(url)
-    asked = [value for key, value in url.query.items() if re.search("pass(?!file)|pwd|secret|token", key, re.I)]
-    return [str(secret) for secret in (url.password, *asked) if secret]
+    in_query = [value for key, value in url.query.items() if re.search("pass(?!file)|pwd|secret|token", key, re.I)]
+    return [str(secret) for secret in (url.password, *in_query) if secret]
 
 
 def _place(url):
@@ -121,88 +122,104 @@ def _patiently(url, call):
 
     Raises StorageError after PATIENCE seconds, and at once where waiting cannot help.
     """
-    started, pause, told = time.monotonic(), 0.05, False
+    started, pause, announced = time.monotonic(), 0.05, False
     while True:
         try:
             return call()
         except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
             cause = error.__cause__ if isinstance(error, StorageInternalError) else error
             original = getattr(cause, "orig", None) or cause
-            said = " ".join(str(original).split())
+            reason = " ".join(str(original).split())
             for secret in _secrets(url):
-                said = said.replace(secret, "***")
+                reason = reason.replace(secret, "***")
             if isinstance(original, sqlite3.Error):
-                passes = "locked" in said
+                passes = "locked" in reason
             else:
-                passing = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)
-                passing += (sqlalchemy.exc.PendingRollbackError,)  # of Optuna's second attempt on a lost connection
-                passes = isinstance(cause, passing) and not re.search(HOPELESS, said)
+                passes = isinstance(cause, PASSING) and not re.search(HOPELESS, reason)
             waited = time.monotonic() - started
             if not passes or waited > PATIENCE:
                 after = f" for {waited:.0f} seconds" if passes else ""
-                raise StorageError(f"{_place(url)} cannot be used{after}: {said}") from None
-            if waited > 5 and not told:
-                told = True
-                print(f"waiting for {_place(url)}: {said}", file=sys.stderr, flush=True)
+                raise StorageError(f"{_place(url)} cannot be used{after}: {reason}") from None
+            if waited > 5 and not announced:
+                announced = True
+                print(f"waiting for {_place(url)}: {reason}", file=sys.stderr, flush=True)
         time.sleep(pause * random.uniform(0.5, 1))
         pause = min(2 * pause, 5)
 
 
-class Storage(RDBStorage):
-    """Optuna's storage in a database, which waits where the database is away or busy (see _patiently)."""
+class PatientStorage:
+    """Optuna's storage in a database; a call that finds the database away or busy waits for it (see _patiently).
 
-    def __init__(self, url, reading=False):
+    It has every method of RDBStorage, and tries a call again as a whole.
+    """
+
+    # What these can object to is only what they find in the database.
+    READING = ("_get_trials", "get_trial", "get_study_user_attrs")
+
+    def __init__(self, url: str, reading: bool = False) -> None:
         if url.startswith("sqlite"):
-            how = dict(connect_args=dict(timeout=2))  # not longer, as Ctrl-C is not heard meanwhile
+            options: dict[str, Any] = dict(connect_args=dict(timeout=2))  # Ctrl-C is not heard while SQLite waits
         else:
-            how = dict(connect_args=POSTGRESQL, pool_size=1)  # a server has few connections
+            options = dict(connect_args=POSTGRESQL, pool_size=1)  # a server has few connections
         plain = url.replace("{", "{{").replace("}", "}}")  # Optuna would fill in what is in braces
-        super().__init__(plain, how, skip_table_creation=reading)
-        self.grace_period, self.heartbeat_interval = GRACE, 1  # (the interval is not used, but must be one)
+        self.url = url
+        self._database = RDBStorage(plain, options, skip_table_creation=reading)
+        # The grace period is used; the interval is not, but must be a number.
+        self._database.grace_period, self._database.heartbeat_interval = GRACE, 1
 
     def get_heartbeat_interval(self) -> None:
-        return None  # or study.ask would warn that the signs of life are not study.optimize's; workers.py gives them
+        """None, or study.ask would warn that no study.optimize gives signs of life. workers.py gives them."""
+        return None
 
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._database, name)
+        if not callable(value):
+            return value
 
-def _patient(method):
-    @functools.wraps(method)
-    def wait(self: Storage, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return _patiently(self.url, lambda: method(self, *args, **kwargs))
-        except (ValueError, LookupError, TypeError) as error:
-            gone = isinstance(error, KeyError) and "does not exist" in str(error)
-            if method.__name__ not in READING or gone or isinstance(error, StorageError):
+        @functools.wraps(value)
+        def patient(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return _patiently(self.url, lambda: value(*args, **kwargs))
+            except StorageError:
                 raise
-            raise StorageError(f"{_place(self.url)} is damaged: {error}") from None
+            except (ValueError, LookupError, TypeError) as error:
+                is_absent = isinstance(error, KeyError) and "does not exist" in str(error)
+                if name not in self.READING or is_absent:
+                    raise
+                raise StorageError(f"{_place(self.url)} is damaged: {error}") from None
 
-    return wait
-
-
-# The cache that Optuna puts in front of its storage calls these beside the public ones.
-PRIVATE = {"_create_new_trial", "_get_trials", "_set_trial_param", "_get_best_trial_id", "_get_stale_trial_ids"}
-READING = {"_get_trials", "get_trial", "get_study_user_attrs"}  # all that they can object to is what they find
-for _name, _method in vars(RDBStorage).items():
-    if inspect.isfunction(_method) and _name not in vars(Storage) and (_name[0] != "_" or _name in PRIVATE):
-        setattr(Storage, _name, _patient(_method))
+        return patient
 
 
-def connect(url: str, reading: bool = False) -> Storage:
-    """The Storage at url; one worker at a time makes its file and tables, and a reader waits for it.
+def connect(url: str, reading: bool = False) -> BaseStorage:
+    """The storage at url; one worker at a time makes its file and tables, and a reader waits for it.
 
-    A SQLite file whose folder cannot be written to can be read.
+    reading: a SQLite file whose folder cannot be written to can be read.
+    Raises StorageError where the database cannot be used.
     """
     try:
         with ExitStack() as lock:
             try:
                 lock.enter_context(locked(url))
-                made = False
+                has_tables = False
             except StorageError:
                 if not (reading and url.startswith("sqlite")):
                     raise
-                made = True
-            return _patiently(url, lambda: Storage(url, made))
+                has_tables = True
+            storage = _patiently(url, lambda: PatientStorage(url, has_tables))
     except (RuntimeError, ImportError, UnicodeDecodeError) as error:  # another Optuna's; no psycopg; a damaged schema
         raise StorageError(f"{_place(url)} cannot be used: {error}") from None
+    return _CachedStorage(storage)  # as Optuna wraps its own, so that a finished trial is read once
+
+
+def url_of(study: optuna.Study) -> str:
+    """The URL of the database that a study from connect lies in."""
+    return study._storage._backend.url  # type: ignore[attr-defined]
+
+
+def disconnect(storage: BaseStorage) -> None:
+    """Close the connections of a storage from connect."""
+    storage._backend.engine.dispose()  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -227,8 +244,9 @@ def locked(url: str) -> Iterator[Callable[[], bool]]:
             yield lambda: True
         return
     options = dict(options=f"-c lock_timeout=5s -c idle_session_timeout={FROZEN}s")
-    how = dict(connect_args=POSTGRESQL | options, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
-    engine = sqlalchemy.create_engine(url, **how)
+    engine = sqlalchemy.create_engine(
+        url, connect_args=POSTGRESQL | options, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool
+    )
     with _patiently(url, lambda: _advisory_lock(engine)) as connection:
         yield lambda: _answers(connection)
 
@@ -265,5 +283,5 @@ def _answers(connection):
 
 def beside(study: optuna.Study, name: str) -> optuna.Study:
     """The study of that name in the same database; made if it is not there."""
-    with locked(study._storage._backend.url):
+    with locked(url_of(study)):
         return optuna.create_study(study_name=name, storage=study._storage, load_if_exists=True)

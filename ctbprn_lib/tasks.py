@@ -23,6 +23,7 @@ import torch
 from ctbprn_lib import InputError, files
 
 SPLITS = ("train", "validation", "test")
+INTERIM_SAMPLES = 256  # of the split "interim": few validation samples, the same for all trainings, for the pruner
 SPLIT_KEYS = {"validation": 1, "test": 3}  # of the routing task's seeds; the stem was chosen on samples made from key 2
 CHUNK = 256  # samples of a fixed set drawn at once; part of what makes the set the same everywhere
 UEA_AREAS = {"BasicMotions": ["accelerometer"] * 3 + ["gyroscope"] * 3}
@@ -94,9 +95,13 @@ class RoutingTask:
     ) -> Iterator[Batch]:
         """Yield the first n_samples of the validation or test set as batches with R = 1.
 
+        split: "validation", "test", or "interim", which is the first INTERIM_SAMPLES of the validation set.
+
         Chunk i is drawn on the CPU from a seed made of the split and i, so the set is the same on every machine, for
         every n_samples and every seq_len. The validation set is kept in memory, since each trial asks for it.
         """
+        if split == "interim":
+            split, n_samples = "validation", min(n_samples, INTERIM_SAMPLES)
         for i in range(-(-n_samples // CHUNK)):
             batch = self._kept.get((split, i, device))
             if batch is None:
@@ -266,10 +271,13 @@ class ArrayTask:
             part = split == name
             tensors = (x[part].swapaxes(0, 1), y[part], None if mask.all() else mask[part])  # x: (K,N,T,F)
             self._parts[name] = tuple(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in tensors)
+        x, y, mask = self._parts["validation"]
+        some = np.random.default_rng(0).permutation(len(y))[:INTERIM_SAMPLES]
+        self._parts["interim"] = x[:, some], y[some], None if mask is None else mask[some]
 
     def __getstate__(self) -> dict:
         """Plain arrays for another process: torch would send tensors through /dev/shm, which may be small."""
-        parts = {name: self._parts[name] for name in SPLITS}
+        parts = {name: self._parts[name] for name in (*SPLITS, "interim")}
         arrays = {name: tuple(None if t is None else t.numpy() for t in part) for name, part in parts.items()}
         return self.__dict__ | {"_parts": arrays}
 
@@ -289,6 +297,8 @@ class ArrayTask:
         self, split: str, n_samples: int | None = None, seq_len: int | None = None, device: str | torch.device = "cpu"
     ) -> Iterator[Batch]:
         """Yield all validation or test samples as batches with R = 1.
+
+        split: "validation", "test", or "interim", which is INTERIM_SAMPLES of the validation samples taken at random.
 
         n_samples, which a task that makes its own samples obeys, is not used: the first recordings of a file may be of
         one class or one subject.

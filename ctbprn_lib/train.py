@@ -1,12 +1,13 @@
 """R replicas of one configuration, trained together, and scored on the task's held-out samples."""
 
 import copy
-import functools
 import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache, partial
+from multiprocessing import parent_process
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ctbprn_lib.scoring import cross_entropy, named, route_accuracy, totals
 from ctbprn_lib.tasks import ArrayTask, RoutingTask
 
 Task = RoutingTask | ArrayTask
+SCORED = ("interim", "validation")  # the splits that a training is scored on
 SCHEDULES = ("one_cycle", "constant")
 CHECKPOINT_SECONDS = 30  # a training shorter than this is cheaper to repeat than to keep
 
@@ -109,8 +111,8 @@ class Budget:
 
     n_steps: int = 2000
     n_replicas: int = 4
-    n_evals: int = 5  # scorings on the validation set, evenly spaced, the last after the last step
-    n_validation: int = 2048  # samples, where the task can make as many as it likes
+    n_evals: int = 5  # scorings, evenly spaced: the last after the last step, those before on few samples
+    n_validation: int = 2048  # samples of the last scoring, where the task can make as many as it likes
     schedule: str = "one_cycle"
     clip: float = 1.0  # largest gradient norm of a replica
     precision: str = "auto"  # see resolve_precision
@@ -182,7 +184,8 @@ class Training:
         self.loss_sum, self.diverged = torch.zeros(R, device=device), torch.zeros(R, dtype=torch.long, device=device)
         n_sums = 2 + shape.n_layers + 2 * task.n_classes
         self.totals = torch.zeros(n_sums, R, dtype=torch.double, device=device)
-        self.step, self._replay_scoring = captured(self._step, self.generator), captured(self._score, self.generator)
+        self.step = captured(self._step, self.generator)
+        self._score_replays = {split: captured(partial(self._score, split), self.generator) for split in SCORED}
         self._mib = self.memory.mib() if on_gpu else None  # a replay allocates nothing, so later there is no peak
 
     def start(self, hyperparameters: Hyperparameters, seed: int | np.random.SeedSequence) -> None:
@@ -194,7 +197,6 @@ class Training:
                 ours.copy_(theirs)
         for tensor in self._progress().values():
             tensor.zero_()
-        self.loss_sum.zero_()
         self.rates[: self.budget.n_steps] = rates(self.budget.schedule, hyperparameters.lr, self.budget.n_steps)
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -214,13 +216,16 @@ class Training:
 
     def _progress(self):
         moments = enumerate(self.optimizer.state.values())
-        return {"taken": self.taken, "diverged": self.diverged} | {
+        return {"taken": self.taken, "diverged": self.diverged, "loss_sum": self.loss_sum} | {
             f"adamw.{i}.{name}": tensor for i, state in moments for name, tensor in state.items()
         }
 
-    def scores(self) -> dict[str, np.ndarray]:
-        """Noise-free validation scores of each replica, as score gives them, and route_accuracy of its best layer."""
-        self._replay_scoring()
+    def scores(self, split: str = "validation") -> dict[str, np.ndarray]:
+        """Noise-free validation scores of each replica, as score gives them, and route_accuracy of its best layer.
+
+        split: "validation", or "interim" for the few samples that serve the pruner.
+        """
+        self._score_replays[split]()
         scores = named(self.totals, self.shape.n_layers, self.task.n_classes, "validation")
         return scores | route_accuracy(scores, scores)
 
@@ -254,12 +259,12 @@ class Training:
         self.loss_sum.add_(loss)
         self.diverged.copy_(torch.where((self.diverged == 0) & ~loss.isfinite(), self.taken, self.diverged))
 
-    def _score(self):
-        args = "validation", self.budget.n_validation, self.shape.seq_len, self.autocast
+    def _score(self, split):
+        args = split, self.budget.n_validation, self.shape.seq_len, self.autocast
         self.totals.copy_(totals(self.model, self.task, *args))
 
 
-_captured_once = functools.lru_cache(128)(Training)  # for GPUs, where making one means capturing two graphs
+_captured_once = lru_cache(128)(Training)  # for GPUs, where making one means capturing two graphs
 
 
 def _training(shape, task, budget, device, precision):
@@ -286,8 +291,8 @@ def fit(
     seed: initial values, batches and noise of every replica follow from it, so on one CPU the same call gives the same
     bits.
     on_eval(fit) is called after each scoring and may raise to stop.
-    checkpoint: a file in which the training is kept after a scoring, at most every CHECKPOINT_SECONDS. The same call
-    goes on from there if it was stopped. The caller removes it (checkpoint.remove) when the result is safe.
+    checkpoint: a file in which the training is kept every CHECKPOINT_SECONDS. The same call goes on from there if it
+    was stopped. The caller removes it (checkpoint.remove) when the result is safe.
     A replica whose loss is not finite is recorded in diverged_at and cannot harm its neighbours.
     Raises InputError for values that do not fit the task or the machine.
     """
@@ -309,51 +314,73 @@ def fit(
         precision=precision, torch=torch.__version__, seed=[str(root.entropy), *root.spawn_key],
     )  # fmt: skip
     if checkpoint:
-        checkpoints.read(checkpoint, identity, functools.partial(_resume, training, result, eval_steps))
+        checkpoints.read(checkpoint, identity, partial(_resume, training, result, eval_steps))
 
-    first = result.steps[-1] if result.steps else 0
-    seconds = result.step_time_ms * first / 1000 if first else 0.0  # of training steps alone
-    saved, started = time.monotonic(), time.perf_counter()
-    remaining = range(first + 1, budget.n_steps + 1)
-    for step in _with_progress_bar(remaining):
+    clock = _Clock(training, result)
+    saved = time.monotonic()
+    for step in _with_progress_bar(range(clock.step + 1, budget.n_steps + 1)):
         training.step()
-        if step not in eval_steps:
-            continue
-        train_ce = training.mean_loss(step - (result.steps[-1] if result.steps else 0))
-        seconds += time.perf_counter() - started
-        result.step_time_ms = 1000 * seconds / step
-        _record(training, result, step, train_ce)
-        if on_eval:
-            on_eval(result)
+        if step in eval_steps:
+            train_ce = training.mean_loss(step - (result.steps[-1] if result.steps else 0))
+            clock.stop(step)
+            _record(training, result, step, train_ce)
+            if on_eval:
+                on_eval(result)
+            clock.start()
         if checkpoint and step < budget.n_steps and time.monotonic() - saved >= CHECKPOINT_SECONDS:
-            checkpoints.write(checkpoint, training.state(), identity, _progress(result))
+            state = training.state()  # which waits for the device, so the clock is right
+            clock.stop(step)
+            checkpoints.write(checkpoint, state, identity, _progress(result))
             saved = time.monotonic()
-        started = time.perf_counter()
+            clock.start()
     if place.type == "cuda":
         result.model = copy.deepcopy(training.model)  # the next training of this shape begins in the same place
     return result
 
 
+class _Clock:
+    """Keeps a Fit's step_time_ms: the seconds of training steps alone, over the steps taken so far."""
+
+    def __init__(self, training: Training, result: Fit) -> None:
+        self.result, self.step = result, int(training.taken)  # steps taken, more than none after a checkpoint
+        self.seconds = result.step_time_ms * self.step / 1000 if self.step else 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Training steps begin."""
+        self.started = time.perf_counter()
+
+    def stop(self, step: int) -> None:
+        """So many steps are taken, and what comes now is not training."""
+        self.seconds += time.perf_counter() - self.started
+        self.result.step_time_ms = 1000 * self.seconds / step
+
+
 def _with_progress_bar(steps):
-    """The steps behind a progress bar on stderr, where tqdm is installed; it leaves nothing behind."""
+    """The steps behind a progress bar on stderr, where tqdm is installed; it leaves nothing behind.
+
+    A worker process shows none, because the bars of several processes would overwrite each other.
+    """
     try:
         from tqdm import tqdm
     except ImportError:
         return steps
-    return tqdm(steps, "training", leave=False, delay=2, mininterval=2, unit="step")
+    is_worker = parent_process() is not None
+    return tqdm(steps, "training", leave=False, delay=2, mininterval=2, unit="step", disable=is_worker)
 
 
 def _move_to(device, task, hp, budget):
     """Put the validation samples on the device, where they stay, before the memory of a training is measured."""
-    for _ in task.fixed("validation", budget.n_validation, hp.seq_len, device):
-        pass
+    for split in SCORED:
+        for _ in task.fixed(split, budget.n_validation, hp.seq_len, device):
+            pass
     if device.type == "cuda":
         task.draw(1, 1, torch.Generator(device), hp.seq_len)
 
 
 def _record(training, result, step, train_ce):
     """Score the training after a step, and add that to the result."""
-    scores = training.scores()
+    scores = training.scores("validation" if step == result.budget.n_steps else "interim")
     worthless = torch.from_numpy(~np.isfinite(scores["val_ce"])).to(
         training.diverged.device
     )  # the last update broke it
@@ -378,10 +405,13 @@ def _resume(training, result, eval_steps, state, progress):
     steps, step_time_ms = progress["steps"], float(progress["step_time_ms"])
     curves = {name: np.array(rows, dtype=float) for name, rows in progress["curves"].items()}
     shapes = {curve.shape for curve in curves.values()}
-    if steps != eval_steps[: len(steps)] or shapes != {(len(steps), result.budget.n_replicas)}:
+    expected = {(len(steps), result.budget.n_replicas)} if steps else set()
+    if steps != eval_steps[: len(steps)] or shapes != expected:
         raise InputError("its curves are not those of this training")
-    if state["taken"].tolist() != steps[-1:]:
-        raise InputError("its state is not that of its last step")
+    taken, last = int(state["taken"]), steps[-1] if steps else 0
+    following = next((step for step in eval_steps if step > last), last)
+    if not last <= taken < following:
+        raise InputError("its state is not that of its curves")
     training.restore(state)
     result.steps, result.curves, result.step_time_ms = steps, curves, step_time_ms
 
@@ -404,6 +434,22 @@ def untrained(
 def _model(hp, task, n_replicas, seed):
     sizes = (task.n_features, hp.d, hp.rank, task.n_areas, hp.n_layers, task.n_classes)
     return CTBPRN(*sizes, hp.temperature, n_replicas, seed=seed)
+
+
+def multiply_adds(hyperparameters: Hyperparameters, task: Task) -> int:
+    """The multiply-adds of one replica's forward pass on one sample; a training step takes about three times as many.
+
+    It counts matrix products alone, each as the network computes it (see Layer.forward).
+    """
+    hp, K, T = hyperparameters, task.n_areas, min(hyperparameters.seq_len, task.n_tokens)
+    d, r = hp.d, hp.rank
+    message = min(K * r, d)  # width of what an area receives, before it is multiplied by W_a and half of W_g
+    tokens = K * T * (4 * d * d + 2 * d * message + d * r)
+    if K * r >= d:  # the message itself is formed
+        tokens += T * K * r * d
+    controller = K * d * d + 2 * K * d * d + 2 * d * K
+    stem, head = K * T * task.n_features * d, K * d * task.n_classes
+    return stem + hp.n_layers * (tokens + controller) + head
 
 
 def rates(schedule: str, lr: float, n_steps: int) -> torch.Tensor:

@@ -1,7 +1,17 @@
-"""How workers share a study: any number of processes on any number of machines, each of which may die or freeze.
+"""Who runs the trials of a study: any number of processes on any number of machines, each of which may die or freeze.
 
-A worker takes a trial under a lock that keeps the others out, tells the database every few seconds that it still lives,
-and puts the result there. What it has finished is kept; what it had begun is tried again, here or elsewhere.
+A trial in the database has one of five states.
+
+- WAITING: somebody has queued it. It is a lost trial, a training that confirmation needs, or one enqueued by hand.
+- RUNNING: a worker has taken it under the lock and signed it. While it runs the worker gives a sign of life every
+  HEARTBEAT seconds.
+- COMPLETE or PRUNED: it is finished.
+- FAIL: it gave no score, and its attribute "failure" says why. If the reason is LOST, its worker was stopped before the
+  end: then a new trial with the same hyperparameters and the same seeds waits, whose attribute "retry_of" is the number
+  of the first try.
+
+So what is finished is kept, what had begun is tried again here or elsewhere, and the number of finished trials is
+exact.
 """
 
 import hashlib
@@ -13,13 +23,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import parent_process
 from pathlib import Path
+from typing import Any, Protocol
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
 
-from ctbprn_lib.storage import StorageError, locked
+from ctbprn_lib.storage import StorageError, locked, url_of
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 HEARTBEAT = 10  # seconds between a worker's signs of life
@@ -36,29 +49,31 @@ class Study(optuna.Study):
     Samplers, pruners, counts and best_trials all read trials through _get_trials.
     """
 
-    marks: dict[str, str]
-    outside: Callable[[dict], str]
+    def __init__(self, study_name: str, storage: BaseStorage, **options: Any) -> None:
+        super().__init__(study_name, storage, **options)
+        self.marks: dict[str, str] = {}
+        self.outside: Callable[[dict[str, Any]], str] = lambda values: ""
 
-    def _get_trials(self, deepcopy=True, states=None, use_cache=False):
+    def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
         return [trial for trial in super()._get_trials(deepcopy, states, use_cache) if is_ours(trial)]
 
-    def foreign(self) -> list[optuna.trial.FrozenTrial]:
+    def foreign(self) -> list[FrozenTrial]:
         """The trials of others that will never be run here: all but those that wait."""
         trials = super()._get_trials(deepcopy=False)
         return [trial for trial in trials if not is_ours(trial) and trial.state != TrialState.WAITING]
 
 
-def is_ours(trial: optuna.trial.FrozenTrial) -> bool:
+def is_ours(trial: FrozenTrial) -> bool:
     """Whether a worker of this project began the trial and, if it is finished, recorded it."""
     if trial.state in FINISHED:
-        return "curves" in trial.user_attrs
-    return not {"sampler", "worker", "retry_of"}.isdisjoint(trial.user_attrs)
+        return not {"curves", "key"}.isdisjoint(trial.user_attrs)
+    return not {"sampler", "worker", "retry_of", "key"}.isdisjoint(trial.user_attrs)
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C, when what ran has been handed on: Jupyter shows the message and no traceback."""
+    """Ctrl-C, when the trials that ran have been handed on: Jupyter shows the message and no traceback."""
 
-    def _render_traceback_(self):
+    def _render_traceback_(self) -> list[str]:
         return [str(self)]
 
 
@@ -66,24 +81,41 @@ class TrialFailed(Exception):
     """A trial that gives no score; the reason is kept with the trial."""
 
 
-def run(
-    study: Study, n_trials: int, objective: Callable[[optuna.Trial], float | tuple[float, ...]]
-) -> Iterator[optuna.trial.FrozenTrial]:
-    """Run objective(trial) until n_trials are finished (complete or pruned), whoever ran them; yields each one it ran.
+class Work(Protocol):
+    """What is to be done with the trials of a study. It holds plain values, because other processes get a copy."""
 
-    objective returns the trial's values, or raises TrialPruned, or TrialFailed with the reason. Ctrl-C and SIGTERM end
-    the call and leave the trial that runs to be tried again.
+    n_trials: int | None  # finished trials that the study shall have; None: until no trial waits or runs
+    device: str
+
+    def open(self) -> Study:
+        """The study, opened by the process that works."""
+
+    def run(self, study: Study, trial: optuna.Trial) -> float | tuple[float, ...]:
+        """The values of a trial. Raises TrialPruned, or TrialFailed with the reason."""
+
+    def clear(self, study: Study, trial: FrozenTrial) -> None:
+        """Remove what a trial has left on this machine, now that its result is in the database."""
+
+    def seconds(self, study: Study, trial: FrozenTrial | None) -> float:
+        """How long a trial that waits, or a new one (None), is expected to take; 0 where nothing is known yet."""
+
+
+def work(work: Work, study: Study, ends_at: float = float("inf")) -> Iterator[FrozenTrial]:
+    """Work in this process until the study has what work.n_trials says, whoever ran it; yields each trial run here.
+
+    ends_at: no trial is begun that is expected to end after this time (of time.time).
+    Ctrl-C and SIGTERM end the call; the trial that runs is tried again by whoever comes next.
     """
-    with _sigterm_as_ctrl_c():
-        while trial := begin(study, n_trials):
-            state, values, why = TrialState.COMPLETE, None, ""
+    with sigterm_as_ctrl_c():
+        while trial := begin(study, work, ends_at):
+            state, values, failure = TrialState.COMPLETE, None, ""
             try:
                 with alive(study, trial):
-                    values = objective(trial)
+                    values = work.run(study, trial)
             except optuna.TrialPruned:
                 state = TrialState.PRUNED
             except TrialFailed as error:
-                state, why = TrialState.FAIL, str(error)
+                state, failure = TrialState.FAIL, str(error)
             except UpdateFinishedTrialError:
                 continue  # this process stood still for so long that the trial was given up: another one, then
             except KeyboardInterrupt:
@@ -93,42 +125,60 @@ def run(
                 if not isinstance(error, StorageError):  # which keeps nothing
                     fail(study, trial, f"{type(error).__name__}: {error}")
                 raise
-            if kept := finish(study, trial, state, values, why):
-                yield kept
+            if recorded := finish(study, trial, state, values, failure):
+                work.clear(study, recorded)
+                yield recorded
 
 
-def begin(study: Study, n_trials: int) -> optuna.Trial | None:
-    """The next trial to run, or None when n_trials are finished (complete or pruned), whoever ran them.
+def begin(study: Study, work: Work, ends_at: float = float("inf")) -> optuna.Trial | None:
+    """The next trial to run; None when the study has what work.n_trials says, or when the time is too short.
 
     Trials that run count too, so the total is exact: where they suffice, this waits until they are finished or one of
     them turns out to be lost.
     """
     pause = POLL
     while True:
-        with locked(study._storage._backend.url) as still_locked:
-            states = _care_for_the_lost(study, n_trials)
-            n_finished = sum(state in FINISHED for state in states)
+        with locked(url_of(study)) as still_locked:
+            trials = _care_for_the_lost(study, work.n_trials)
+            states = [trial.state for trial in trials]
             n_running = states.count(TrialState.RUNNING)
-            if n_finished >= n_trials:
+            if work.n_trials is None:
+                is_done, is_wanted = n_running == 0, TrialState.WAITING in states
+            else:
+                n_finished = sum(state in FINISHED for state in states)
+                is_done, is_wanted = n_finished >= work.n_trials, n_finished + n_running < work.n_trials
+            if is_wanted:
+                next_trial = next((trial for trial in trials if trial.state == TrialState.WAITING), None)
+                if time.time() + work.seconds(study, next_trial) > ends_at:
+                    return None
+                if trial := _take(study, still_locked):
+                    return trial
+                continue
+            if is_done:
                 return None
-            if n_finished + n_running < n_trials:
-                trial = _ask(study)
-                if not still_locked():  # others may have begun enough; it is not signed, so the next look gives it up
-                    continue
-                try:
-                    study._storage.record_heartbeat(trial._trial_id)
-                    trial.set_user_attr("worker", _worker())
-                except UpdateFinishedTrialError:  # by another, because the lock was lost just now
-                    continue
-                return trial
-        if pause == POLL:
-            print(f"waiting for {n_running} trials that others run", file=sys.stderr, flush=True)
+        if time.time() > ends_at:
+            return None
+        if pause == POLL and parent_process() is None:  # a worker process leaves it to its parent to say something
+            print(f"waiting for trials that other workers run: {n_running}", file=sys.stderr, flush=True)
         time.sleep(pause * random.uniform(0.5, 1))
         pause = min(1.5 * pause, 5 * POLL)
 
 
-def _ask(study):
-    """A trial that waits (a lost one, or one that somebody enqueued), else a new one.  Only under the lock.
+def _take(study: Study, still_locked: Callable[[], bool]) -> optuna.Trial | None:
+    """A trial to run, signed by this process; None if the lock was lost meanwhile. Only under the lock."""
+    trial = ask(study)
+    if not still_locked():  # others may have begun enough; it is not signed, so the next look gives it up
+        return None
+    try:
+        study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+        trial.set_user_attr("worker", _this_worker())
+    except UpdateFinishedTrialError:  # by another, because the lock was lost just now
+        return None
+    return trial
+
+
+def ask(study: Study) -> optuna.Trial:
+    """A trial that waits (a lost one, or one that was queued), else a new one.  Only under the lock.
 
     It is marked before it runs, so that a trial that runs without marks is another program's.
     """
@@ -144,68 +194,88 @@ def _ask(study):
     return study.ask()  # the first that waits
 
 
-def _care_for_the_lost(study, n_trials):
-    """Fail trials whose worker is gone, and queue as many lost ones again as n_trials needs; returns all states.
+def _care_for_the_lost(study: Study, n_trials: int | None) -> list[FrozenTrial]:
+    """Fail trials whose worker is gone, and queue as many lost ones again as n_trials needs; returns all trials.
 
     Only under the lock: no worker is then between asking for a trial and signing it. A trial is failed first and queued
     after, so that nothing is lost or done twice by whoever dies in between.
     """
-    storage, study_id = study._storage, study._study_id
-    silent = storage._get_stale_trial_ids(study_id)
+    silent = study._storage._get_stale_trial_ids(study._study_id)  # type: ignore[attr-defined]
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         worker = trial.user_attrs.get("worker")
         if worker is None or trial._trial_id in silent or _is_gone(worker):
             fail(study, trial)
     trials = study.get_trials(deepcopy=False)
-    wanted = n_trials - sum(t.state in (*FINISHED, TrialState.RUNNING, TrialState.WAITING) for t in trials)
-    tries = {}
+    active = (*FINISHED, TrialState.RUNNING, TrialState.WAITING)
+    wanted = float("inf") if n_trials is None else n_trials - sum(trial.state in active for trial in trials)
+    tries: dict[int, list[FrozenTrial]] = {}
     for trial in trials:
         tries.setdefault(first_try(trial), []).append(trial)
     for first, several in tries.items():
         last = several[-1]
         if wanted > 0 and last.user_attrs.get("failure") == LOST and len(several) < MOST_TRIES:
-            marks = {name: last.user_attrs.get(name, mark) for name, mark in study.marks.items()}
-            same = dict(params=last.params, distributions=last.distributions, user_attrs=marks | {"retry_of": first})
-            study.add_trial(optuna.create_trial(state=TrialState.WAITING, **same))
+            same = {name: last.user_attrs[name] for name in (*study.marks, *QUEUED) if name in last.user_attrs}
+            attributes = study.marks | same | {"retry_of": first}
+            study.add_trial(
+                optuna.create_trial(
+                    state=TrialState.WAITING,
+                    params=last.params,
+                    distributions=last.distributions,
+                    user_attrs=attributes,
+                )
+            )
             wanted -= 1
-    return [trial.state for trial in study.get_trials(deepcopy=False)]
+    return study.get_trials(deepcopy=False)
 
 
-def first_try(trial: optuna.Trial | optuna.trial.FrozenTrial) -> int:
+def is_retried(trial: FrozenTrial, trials: list[FrozenTrial]) -> bool:
+    """Whether a trial was lost, and is tried again as soon as a worker looks. trials: all of the study."""
+    tries = [other.number for other in trials if first_try(other) == first_try(trial)]
+    return trial.user_attrs.get("failure") == LOST and trial.number == tries[-1] and len(tries) < MOST_TRIES
+
+
+QUEUED = ("key", "run")  # attributes of a trial that somebody has queued for a purpose; its next try has them too
+
+
+def first_try(trial: optuna.Trial | FrozenTrial) -> int:
     """The number of the trial that this one tries again, or its own: a try has the seeds of the first."""
     return trial.user_attrs.get("retry_of", trial.number)
 
 
-def fail(study: Study, trial: optuna.Trial | optuna.trial.FrozenTrial, why: str = LOST) -> None:
-    """Fail a trial and keep why; one that was LOST is tried again with the same hyperparameters."""
+def fail(study: optuna.Study, trial: optuna.Trial | FrozenTrial, reason: str = LOST) -> None:
+    """Fail a trial and record the reason; one that was LOST is tried again with the same hyperparameters."""
     with suppress(UpdateFinishedTrialError):  # by another, just now
-        study._storage.set_trial_user_attr(trial._trial_id, "failure", why)
+        study._storage.set_trial_user_attr(trial._trial_id, "failure", reason)
         study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
 def finish(
-    study: Study, trial: optuna.Trial, state: TrialState, values: float | Sequence[float] | None = None, why: str = ""
-) -> optuna.trial.FrozenTrial | None:
-    """Put the outcome of a trial into the database.  Returns the trial kept there, None if it had been given up."""
+    study: optuna.Study,
+    trial: optuna.Trial,
+    state: TrialState,
+    values: float | Sequence[float] | None = None,
+    failure: str = "",
+) -> FrozenTrial | None:
+    """Put the outcome of a trial into the database.  Returns the trial there, or None if it had been given up."""
     with suppress(UpdateFinishedTrialError):  # by another; or by the first attempt, whose acknowledgement was lost
-        if why:
-            trial.set_user_attr("failure", why)
+        if failure:
+            trial.set_user_attr("failure", failure)
         study.tell(trial, values, state, skip_if_finished=True)
-    kept = study._storage.get_trial(trial._trial_id)
-    return kept if kept.state == state else None
+    recorded = study._storage.get_trial(trial._trial_id)
+    return recorded if recorded.state == state else None
 
 
 @contextmanager
-def alive(study: Study, trial: optuna.Trial) -> Iterator[None]:
+def alive(study: optuna.Study, trial: optuna.Trial) -> Iterator[None]:
     """Tell the database every HEARTBEAT seconds that this process works on the trial."""
     over = threading.Event()
 
     def beat() -> None:
         while not over.wait(HEARTBEAT):
             try:
-                study._storage.record_heartbeat(trial._trial_id)
+                study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
             except StorageError:
-                return  # the trial's own next word to the database says so where it is heard
+                return  # the trial's next message to the database says so where it is heard
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -216,7 +286,7 @@ def alive(study: Study, trial: optuna.Trial) -> Iterator[None]:
         thread.join()
 
 
-def _worker():
+def _this_worker() -> dict[str, Any]:
     """This process, told from all others on this and other machines: {"machine", "pid", "started"}; {} beyond Linux."""
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
@@ -226,8 +296,11 @@ def _worker():
     return {"machine": machine, "pid": os.getpid(), "started": _started(os.getpid())}
 
 
-def _started(pid):
-    """When a process of this machine was started, in clock ticks since boot; None if it is none or a dead one."""
+def _started(pid: int) -> int | None:
+    """When a process of this machine was started, in clock ticks since boot; None if there is none, or a dead one.
+
+    psutil gives seconds since 1970, which change for all processes when the clock is set.
+    """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -235,24 +308,24 @@ def _started(pid):
     return None if state in "ZX" else int(fields[18])
 
 
-def _is_gone(worker):
+def _is_gone(worker: dict[str, Any]) -> bool:
     """Whether a worker of this machine has ended, or is this process, which has no trial when it asks for one."""
-    here = _worker()
-    if not here or worker.get("machine") != here["machine"]:
+    this = _this_worker()
+    if not this or worker.get("machine") != this["machine"]:
         return False
-    return worker == here or _started(worker["pid"]) != worker["started"]
+    return worker == this or _started(worker["pid"]) != worker["started"]
 
 
 @contextmanager
-def _sigterm_as_ctrl_c():
+def sigterm_as_ctrl_c() -> Iterator[None]:
     """A scheduler's request to end is KeyboardInterrupt, so that what runs is handed on; then it ends the process."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread hears signals
         return
-    heard = []
+    received: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
-        heard.append(number)
+        received.append(number)
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
@@ -260,5 +333,5 @@ def _sigterm_as_ctrl_c():
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        if heard:
+        if received:
             signal.raise_signal(signal.SIGTERM)
