@@ -26,6 +26,7 @@ from ctbprn_lib.storage import storage_url, study_folder
 AT_LEAST_ONE = {"n_trials", "n_steps", "n_replicas", "d", "rank", "batch_size", "n_samples", "max_steps", "n_top"}
 AT_LEAST_ONE |= {"n_test", "n_sets", "n_reports", "n_power", "n_runs"}
 AT_LEAST_TWO = {"n_seeds", "n_fresh_seeds", "n_spread_seeds", "n_curve_seeds", "n_pairs"}  # an interval needs two
+AT_LEAST_ZERO = {"n_workers", "minutes"}
 ABOVE_ZERO = {"lr", "temperature", "run_seconds"}
 STUDY_NAMES = {"study_name", "tested_by", "like"}
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -87,6 +88,8 @@ def _check_value(name: str, value: Any, kind: type) -> None:
         refuse(f"{KINDS[kind]} of at least 1")
     if name in AT_LEAST_TWO and value < 2:
         refuse(f"{KINDS[kind]} of at least 2")
+    if name in AT_LEAST_ZERO and not 0 <= value < float("inf"):
+        refuse(f"{KINDS[kind]} of at least 0")
     if name in ABOVE_ZERO and not 0 < value < float("inf"):
         refuse("a number above 0")
     if name == "seq_len" and value < 0:

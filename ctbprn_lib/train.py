@@ -365,8 +365,9 @@ def _with_progress_bar(steps):
         from tqdm import tqdm
     except ImportError:
         return steps
-    is_worker = parent_process() is not None
-    return tqdm(steps, "training", leave=False, delay=2, mininterval=2, unit="step", disable=is_worker)
+    if parent_process() is not None:
+        return steps
+    return tqdm(steps, "training", leave=False, delay=2, mininterval=2, unit="step")
 
 
 def _move_to(device, task, hp, budget):
