@@ -25,6 +25,8 @@ from ctbprn_lib.device import resolve_device
 from ctbprn_lib.workers import FINISHED, LOST, Study, Work
 
 PROCESS_MIB = 500  # of a worker before it trains: Python, torch and Optuna
+# A fork of a process with threads can hang. The fork server has none, and imports torch once for all workers.
+METHOD = "forkserver"
 MOST_DEATHS = 3  # of a worker in a row, without a trial finished in between
 OnTrial = Callable[[Study, FrozenTrial, int], None]
 
@@ -117,7 +119,8 @@ class _Crew:
 
     def __init__(self, work: Work, n_workers: int, ends_at: float) -> None:
         self.work, self.ends_at = work, ends_at
-        self.context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
+        self.context = multiprocessing.get_context(METHOD)
+        multiprocessing.set_forkserver_preload(["ctbprn_lib.confirm"])
         self.devices = [work.device] * n_workers
         if resolve_device(work.device).type == "cuda":
             self.devices = [f"cuda:{i % torch.cuda.device_count()}" for i in range(n_workers)]
