@@ -1,6 +1,7 @@
 """What several tests share: one thread a process, and studies that live in a temporary folder."""
 
 import ast
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -11,7 +12,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from crew import Crew
+from crew import FORKS, Crew
 
 from ctbprn_lib import storage, tasks
 from ctbprn_lib.report import publish
@@ -57,7 +58,15 @@ def array_task():
     return tasks.ArrayTask(x, y, source="three classes")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
+def forks():
+    """Let the library's pools fork their processes too, as a new Python needs seconds for its imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "get_context", lambda method=None: FORKS)
+        yield
+
+
+@pytest.fixture(scope="session")
 def crew(tmp_path_factory):
     made = Crew(tmp_path_factory.mktemp("crew"))
     yield made
@@ -118,6 +127,15 @@ class Project(type(pathlib.Path())):
         tables = (cell for cell in notebook.cells[6:] if "all_trials" in cell.source or "raw_data" in cell.source)
         notebook.cells = [*notebook.cells[:6], *tables]
         nbformat.write(notebook, path)
+
+    def publish(self, study):
+        """Publish a study of this project from this process; the kernel that runs analyze.ipynb is a new one."""
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (storage, publish):
+                patch.setattr(module, "REPORTS", self / "reports")
+            patch.setenv("PYTHONPATH", str(self))
+            patch.delenv("CTBPRN_STORAGE", raising=False)
+            publish.publish(study)
 
     def python(self, *words, **environment):
         """Run this Python there and wait; it may use 3 GiB, or looking for the largest batch would take minutes."""

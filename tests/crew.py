@@ -1,17 +1,17 @@
-"""Workers of a small study as processes of their own, forked from one that has imported everything: many start at once,
-and killing one costs no import.  Run as a script this file is that one; Crew talks to it.
+"""Workers of a small study as processes of their own.
+
+They are forked from a process that has imported everything, so many start at once, and killing one costs no import.
 """
 
 import collections
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import optuna
@@ -29,52 +29,49 @@ SPACE = {
     "batch_size": [4],
     "seq_len": [4, 8],
 }
+FORKS = multiprocessing.get_context("forkserver")  # a fork of the tests' own process, which has threads, can hang
+FORKS.set_forkserver_preload(["torch._dynamo", "ctbprn_lib.confirm"])
 
 
 class Crew:
-    """hire a worker, kill it or wait for it; said is what workers have printed since it was last asked."""
+    """Workers that run the study "s". Their error output is one log file."""
 
     def __init__(self, folder):
-        self.log, self.heard = Path(folder) / "log.txt", 0
-        env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-        with self.log.open("w") as log:
-            self.parent = subprocess.Popen((sys.executable, __file__), cwd=folder, env=env, text=True,
-                                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)  # fmt: skip
+        self.log, self.n_read, self.workers = Path(folder) / "log.txt", 0, {}
+        self.log.touch()
 
     def hire(self, url, n_trials, n_steps=100, **constants):
-        """The process id of a worker that runs the study "s" at url up to n_trials; constants of the library."""
-        return self._ask("hire", url, n_trials, n_steps, constants)
+        """The process id of a new worker that runs the study at url up to n_trials; constants of the library."""
+        worker = FORKS.Process(target=_work, args=(self.log, url, n_trials, n_steps, constants))
+        worker.start()
+        self.workers[worker.pid] = worker
+        return worker.pid
 
     def wait(self, *pids):
         """Exit codes of workers when they have ended; -n for a signal."""
-        return [self._ask("wait", pid) for pid in pids]
+        for pid in pids:
+            self.workers[pid].join()
+        return [self.workers.pop(pid).exitcode for pid in pids]
 
     def kill(self, pid, number=signal.SIGKILL):
         os.kill(pid, number)
         return self.wait(pid)[0]
 
-    def said(self):
+    def new_output(self):
+        """What workers have printed since the last call."""
         text = self.log.read_text()
-        self.heard, before = len(text), self.heard
+        self.n_read, before = len(text), self.n_read
         return text[before:]
 
     def end(self):
-        self.parent.stdin.close()
-        self.parent.wait(20)
-        self.parent.stdout.close()
-
-    def _ask(self, *words):
-        self.parent.stdin.write(json.dumps(words) + "\n")
-        self.parent.stdin.flush()
-        return json.loads(self.parent.stdout.readline())
-
-
+        for worker in self.workers.values():
+            worker.kill()
 def until(true, seconds=60):
     """Wait until true() is; fails after so many seconds."""
     started = time.monotonic()
     while not (value := true()):
         assert time.monotonic() - started < seconds, "waited in vain"
-        time.sleep(0.02)
+        time.sleep(0.05)
     return value
 
 
@@ -113,7 +110,12 @@ def question(n_steps=100, space=SPACE):
                 budget=Budget(n_steps, 2, n_evals=2, n_validation=32, precision="fp32"))  # fmt: skip
 
 
-def _work(url, n_trials, n_steps, constants):
+def _work(log, url, n_trials, n_steps, constants):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which may be off where tests run in the background
+    torch.set_num_threads(1)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.chdir(log.parent)
     for name, value in constants.items():
         setattr(storage if hasattr(storage, name) else workers, name, value)
     os.environ["CTBPRN_STORAGE"] = url
@@ -123,30 +125,3 @@ def _work(url, n_trials, n_steps, constants):
         search.run_trials(search.open_study("s", pruner="none", **asked), n_trials, **asked)
     except InputError as error:
         sys.exit(f"InputError: {error}")
-
-
-def _main():
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which may be off where tests run in the background
-    os.environ["TQDM_DISABLE"] = "1"
-    for line in sys.stdin:
-        what, *words = json.loads(line)
-        if what == "wait":
-            answer = os.waitstatus_to_exitcode(os.waitpid(words[0], 0)[1])
-        elif (answer := os.fork()) == 0:
-            code = 1
-            try:
-                _work(*words)
-                code = 0
-            except SystemExit as error:
-                print(error, file=sys.stderr)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    _main()

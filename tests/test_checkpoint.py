@@ -2,19 +2,15 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
+from crew import FORKS
 from safetensors.torch import load_file, save_file
 
-from ctbprn_lib import checkpoint, files, search, storage, train
+from ctbprn_lib import checkpoint, files, search, train
 from ctbprn_lib.train import Budget, Hyperparameters, fit
 
 HP = Hyperparameters(lr=5e-3, d=8, rank=2, temperature=1.0, batch_size=8, seq_len=8)
@@ -75,38 +71,27 @@ def test_where_no_checkpoint_can_be_written_the_training_goes_on(small_task, tmp
     assert f"{path}: no checkpoint was kept" in caplog.text and list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+LONG = Budget(150, 2, n_evals=15, n_validation=16)
+
+
+def fit_and_tell(task, path, told):
+    train.CHECKPOINT_SECONDS = 0
+    fit(HP, task, LONG, 3, checkpoint=path, on_eval=lambda result: told.put(len(result.steps)))
+
+
 @pytest.mark.slow
-def test_a_killed_process_leaves_a_checkpoint_that_another_goes_on_from(tmp_path, steps):
-    script = """
-import sys
-from ctbprn_lib import tasks, train
-train.CHECKPOINT_SECONDS = 0
-from tests_of_a_kill import HP, BUDGET, TASK
-train.fit(HP, TASK, BUDGET, 3, checkpoint=sys.argv[1], on_eval=lambda result: print(len(result.steps), flush=True))
-"""
-    (tmp_path / "tests_of_a_kill.py").write_text("""
-from ctbprn_lib import tasks, train
-HP = train.Hyperparameters(lr=5e-3, d=16, rank=2, batch_size=8, seq_len=16)
-BUDGET = train.Budget(600, 2, n_evals=60, n_validation=64)
-TASK = tasks.RoutingTask(n_features=8, n_tokens=16)
-""")
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{storage.REPORTS.parent}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen((sys.executable, "-c", script, str(tmp_path / "c.safetensors")), env=env,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
-    while int(process.stdout.readline()) < 7:
+def test_a_killed_process_leaves_a_checkpoint_that_another_goes_on_from(small_task, tmp_path, steps):
+    path, told = tmp_path / "c.safetensors", FORKS.SimpleQueue()
+    process = FORKS.Process(target=fit_and_tell, args=(small_task, path, told))
+    process.start()
+    while told.get() < 4:
         pass
-    time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    space = {}
-    exec((tmp_path / "tests_of_a_kill.py").read_text(), space)
-    budget = space["BUDGET"]
-    whole = fit(space["HP"], space["TASK"], budget, 3)
-    n_whole = len(steps)
+    process.kill()
+    process.join()
+    whole = fit(HP, small_task, LONG, 3)
     steps.clear()
-    assert_equal(whole, fit(space["HP"], space["TASK"], budget, 3, checkpoint=tmp_path / "c.safetensors"))
-    assert n_whole == 600 and len(steps) <= 600 - 6 * 10
+    assert_equal(whole, fit(HP, small_task, LONG, 3, checkpoint=path))
+    assert len(steps) <= 150 - 3 * 10
 
 
 def flip(path):

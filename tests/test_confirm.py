@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -23,13 +24,23 @@ SMALL = {"lr": {"low": 1e-3, "high": 1e-2, "log": True}, "d": [4, 8], "rank": [2
          "batch_size": [4], "seq_len": [4, 8]}  # fmt: skip
 
 
-@pytest.fixture
-def study(reports, small_task):
-    """A tuning study of four real, tiny trials."""
+@pytest.fixture(scope="module")
+def database(small_task, tmp_path_factory):
+    """The database of a tuning study of four real, tiny trials."""
+    path = tmp_path_factory.mktemp("made") / "study.db"
     question = dict(task=small_task, space=SMALL, budget=Budget(4, 2, n_evals=2, n_validation=64, precision="fp32"))
-    made = search.open_study("made", pruner="none", **question)
+    made = search.open_study("made", f"sqlite:///{path}", pruner="none", **question)
     search.run_trials(made, 4, **question)
-    return made
+    return path
+
+
+@pytest.fixture
+def study(database, reports):
+    """A copy of that study in the usual place."""
+    folder = reports / "made" / "optuna_studies"
+    folder.mkdir(parents=True)
+    shutil.copy(database, folder / "ctbprn_study.db")
+    return search.load_study("made")
 
 
 @pytest.fixture

@@ -1,19 +1,30 @@
 """The notebooks: clean as committed, run as users run them, and unforgiving about their parameters."""
 
 import ast
+import contextlib
+import functools
 import json
+import os
 import re
+import stat
+import sys
+import threading
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from ctbprn_lib import InputError, parameters
+from ctbprn_lib.audit import speed
+from ctbprn_lib.report import publish
+from ctbprn_lib.train import Budget, Hyperparameters
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 TINY = {"n_steps": 4, "n_replicas": 2}
+SMALL = TINY | {"study_name": "s", "space": "small.yaml"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -39,22 +50,58 @@ def test_notebooks_are_clean_and_have_the_form_of_the_house(path):
     assert not any(word in text for word in ("/home/", "/root/", "filterwarnings", "hostname"))
 
 
-def test_tune_runs_resumes_and_ends_in_a_report(project, run_here, capsys):
+@pytest.fixture(scope="module")
+def tuned(project):
+    """A study of two trials made by papermill under a umask: what it printed, and the addresses it listened at."""
     (project / "small.yaml").write_text("d: [4, 8]\nbatch_size: [4]\nseq_len: [8, 16]\n")
-    small = TINY | {"study_name": "s", "space": "small.yaml"}
-    run_here(project, "tune", **small, n_trials=2)
-    said = capsys.readouterr().out
-    assert "2 trials to go" in said and "2 of 2" in said
-    done = project.papermill("tune", *small.items(), ("n_trials", 3))
-    assert done.returncode == 0, done.stderr
-    assert "2 finished trials are there, 1 to go" in done.stderr
+    heard, done = set(), threading.Event()
+
+    def watch():
+        while not done.wait(0.1):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    heard.update(c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    before = os.umask(0o027)
+    try:
+        ran = project.papermill("tune", *SMALL.items(), ("n_trials", 2))
+    finally:
+        os.umask(before)
+        done.set()
+        thread.join()
+    assert ran.returncode == 0, ran.stderr
+    return ran.stderr, heard
+
+
+def test_tune_ends_in_a_report(project, tuned):
+    printed, _ = tuned
+    assert "2 trials to go" in printed and "2 of 2" in printed
     folder = project / "reports" / "s"
-    assert len(pd.read_csv(folder / "optuna_results_detailed.csv")) == 3
-    assert "3 trials (3 complete)" in (folder / "report.md").read_text()
-    before = (folder / "report.html").read_bytes()
+    assert len(pd.read_csv(folder / "optuna_results_detailed.csv")) == 2
+    assert "2 trials (2 complete)" in (folder / "report.md").read_text()
+
+
+def test_tune_goes_on_and_another_question_changes_nothing(project, tuned, run_here, capsys):
+    shown = run_here(project, "tune", **SMALL, n_trials=3)
+    assert "2 finished trials are there, 1 to go" in capsys.readouterr().out
+    assert any("3 trials (3 complete)" in text.data for text in shown if text)
+    before = (project / "reports" / "s" / "report.html").read_bytes()
     with pytest.raises(InputError, match=r"budget\.n_steps: there 4, here 5"):
-        run_here(project, "tune", **small | {"n_steps": 5}, n_trials=4)
-    assert (folder / "report.html").read_bytes() == before
+        run_here(project, "tune", **SMALL | {"n_steps": 5}, n_trials=4)
+    assert (project / "reports" / "s" / "report.html").read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_keeps_to_the_umask_and_listens_to_nobody_else(project, tuned):
+    """Jupyter's client and kernel talk through ports, of the loopback interface alone and signed with a key."""
+    _, heard = tuned
+    assert heard and heard <= {"127.0.0.1", "::1"}
+    left = [*(project / "reports" / "s").rglob("*"), project / "runs" / "tune.ipynb"]
+    assert len(left) > 10
+    for path in left:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
 
 
 @pytest.mark.parametrize("task", ["uea:BasicMotions", "uea:JapaneseVowels", "mine.npz"])
@@ -66,45 +113,43 @@ def test_tune_and_report_on_real_input(project, run_here, task):
     assert len(list((project / "reports" / f".{name}.new" / "optuna_plots").glob("*.png"))) >= 8
 
 
-def test_explore_runs_on_tasks_with_and_without_a_true_area(project, run_here, capsys):
+def test_explore_runs_on_tasks_with_and_without_a_true_area_and_is_published(project, run_here, capsys):
     done = project.papermill("explore", *TINY.items(), ("d", 8), ("seq_len", 8))
     assert done.returncode == 0, done.stderr
     run_here(project, "explore", **TINY, d=8, task="uea:BasicMotions")
-    for said in (done.stderr, capsys.readouterr().out):
-        assert "majority class" in said and "linear rule" in said
+    for printed in (done.stderr, capsys.readouterr().out):
+        assert "majority class" in printed and "linear rule" in printed
     assert len(list((project / "reports" / "explore" / "plots").glob("*.png"))) == 3
+    publish.publish_notebook(project / "runs" / "explore.ipynb", "explore")  # as reproduce and benchmark are
+    text = (project / "reports" / "explore" / "report.md").read_text()
+    assert "majority class" in text and "Traceback" not in text
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [
-        ("reproduce", "n_seeds=2 n_fresh_seeds=2 n_samples=64 n_spread_seeds=2 max_steps=5 n_curve_seeds=2"),
-        ("benchmark", "n_sets=50 n_reports=2 n_power=2 n_runs=1 run_seconds=0.01 n_pairs=2 n_steps=2"),
-    ],
-)
-def test_reproduce_and_benchmark_run_and_are_published(project, name, sizes):
-    if name == "benchmark":  # seconds, not minutes
-        project.change("d=64, rank=16, seq_len=128, batch_size=32", "d=8, batch_size=2")
-        project.change("Budget(n_steps=30, n_replicas=3,", "Budget(n_steps=2, n_replicas=1,")
-        project.change("def search_seconds(n_trials: int = 20)", "def search_seconds(n_trials: int = 2)")
-        project.change("Budget(30, 3, n_evals=1)", "Budget(2, 1, n_evals=1)")
-    done = project.papermill(name, *(word.split("=") for word in sizes.split()))
-    assert done.returncode == 0, done.stderr
-    assert project.python("-m", "ctbprn_lib.report.publish", f"runs/{name}.ipynb", name).returncode == 0
-    text = (project / "reports" / name / "report.md").read_text()
-    assert "## Reproduce this report" in text and "Traceback" not in text
-    if name == "reproduce":
-        assert "30 of 30 hyperparameters of trials 0 to 4" in text
-    else:
-        said = r"study make (\S+) \[.+? record take (\S+) ms .+? takes (\S+) ms .+? takes (\S+) s "
-        found = re.search(said, text, re.S)
-        assert all(float(number.replace(",", "")) > 0 for number in found.groups())
+def test_reproduce_runs(project, run_here):
+    sizes = dict(n_seeds=2, n_fresh_seeds=2, n_samples=64, n_spread_seeds=2, max_steps=5, n_curve_seeds=2)
+    shown = run_here(project, "reproduce", **sizes)
+    text = "\n".join(value.data for value in shown if value)
+    assert "30 of 30 hyperparameters of trials 0 to 4" in text
+    assert "papermill notebooks/reproduce.ipynb" in text and "-p n_spread_seeds 2" in text
 
 
-def test_papermill_exits_non_zero_before_any_training(project):
-    done = project.papermill("tune", ("n_trials", "1e1"), ("study_name", "never"))
-    assert done.returncode != 0 and "n_trials must be a whole number, got 10.0" in done.stderr
-    assert not (project / "reports" / "never").exists()
+def test_benchmark_runs(project, run_here, monkeypatch):
+    shapes = [(Hyperparameters(d=4, rank=1, batch_size=2, seq_len=4), 2, 2)] * 3
+    monkeypatch.setattr(speed, "SHAPES", shapes)
+    monkeypatch.setattr(speed, "SECONDS", speed.SECONDS)  # which the notebook sets
+    sizes = {"n_replicas": (1, 2), "seq_len": (2, 4, 8), "d": (4, 8)}
+    monkeypatch.setattr(speed, "sizes", lambda device: sizes)
+    smaller = {"against_the_original": dict(shapes=shapes), "scaling": dict(shape=shapes[2], n_runs=1)}
+    smaller |= {"search_seconds": dict(n_trials=2), "trials_an_hour": dict(budget=Budget(2, 2, n_validation=1))}
+    for name, args in smaller.items():
+        monkeypatch.setattr(speed, name, functools.partial(getattr(speed, name), **args))
+    shown = run_here(project, "benchmark", n_sets=50, n_reports=2, n_power=2, n_runs=1, run_seconds=0.01, n_pairs=2,
+                     n_steps=2)  # fmt: skip
+    text = "\n".join(value.data for value in shown if value)
+    durations = r"study make (\S+) \[.+? record take (\S+) ms .+? takes (\S+) ms .+? takes (\S+) s "
+    found = re.search(durations, text, re.S)
+    assert all(float(number.replace(",", "")) > 0 for number in found.groups())
+    assert "papermill notebooks/benchmark.ipynb" in text and "-p n_sets 50" in text
 
 
 def namespace(**values):

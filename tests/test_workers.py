@@ -81,7 +81,7 @@ def server():
 def test_workers_that_start_together_on_an_empty_database_all_run_and_the_total_is_exact(server, crew, n_workers):
     url, n_trials = server.database(f"empty_{n_workers}"), 8 + n_workers
     pids = [crew.hire(url, n_trials, n_steps=20) for _ in range(n_workers)]
-    assert crew.wait(*pids) == [0] * n_workers, crew.said()
+    assert crew.wait(*pids) == [0] * n_workers, crew.new_output()
     trials = trials_at(url)
     check_exact(trials, n_trials)
     assert len(trials) == n_trials  # none was lost or given up either
@@ -91,7 +91,7 @@ def test_workers_that_start_together_on_an_empty_database_all_run_and_the_total_
 def test_workers_that_start_together_on_an_empty_sqlite_file_do_too(crew, tmp_path):
     url = f"sqlite:///{tmp_path}/reports/s/study.db"
     pids = [crew.hire(url, 10, n_steps=20) for _ in range(4)]
-    assert crew.wait(*pids) == [0] * 4, crew.said()
+    assert crew.wait(*pids) == [0] * 4, crew.new_output()
     check_exact(trials_at(url), 10)
 
 
@@ -105,7 +105,7 @@ def test_a_server_that_is_restarted_at_once_loses_no_finished_trial_and_workers_
         time.sleep(2)
         server.start()
         time.sleep(1)
-    assert crew.wait(*pids) == [0] * 3, crew.said()
+    assert crew.wait(*pids) == [0] * 3, crew.new_output()
     trials = trials_at(url)
     check_exact(trials, 16)
     assert all(trials[number] == trial for number, trial in before.items())
@@ -120,9 +120,9 @@ def test_a_server_that_stays_away_is_named_without_the_password(server, crew):
         assert crew.wait(pid) == [1]
     finally:
         server.start()
-    said = crew.said()
-    assert f"PostgreSQL database 'away' at 127.0.0.1:{server.port} cannot be used for" in said
-    assert "hunter2" not in said and "Traceback" not in said
+    printed = crew.new_output()
+    assert f"PostgreSQL database 'away' at 127.0.0.1:{server.port} cannot be used for" in printed
+    assert "hunter2" not in printed and "Traceback" not in printed
 
 
 def test_a_worker_that_was_frozen_for_too_long_wakes_and_goes_on_with_another_trial(server, crew):
@@ -134,7 +134,7 @@ def test_a_worker_that_was_frozen_for_too_long_wakes_and_goes_on_with_another_tr
     other = crew.hire(url, **how)
     until(lambda: any(t.user_attrs.get("failure") == workers.LOST for t in trials_at(url)))
     os.kill(frozen, signal.SIGCONT)
-    assert crew.wait(frozen, other) == [0, 0], crew.said()
+    assert crew.wait(frozen, other) == [0, 0], crew.new_output()
     trials = trials_at(url)
     check_exact(trials, 12)
     lost = [t.number for t in trials if t.state == TrialState.FAIL]
