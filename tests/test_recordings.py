@@ -316,7 +316,7 @@ def test_the_linear_rule_is_ridge_regression_on_means_however_many_features():
         task = ArrayTask(wide, y, areas=["a"] * (n_features // 2) + ["b"] * (n_features // 2))
         (a, t), (b, u) = (
             (part[0].mean(2).transpose(0, 1).flatten(1).double().numpy(), part[1].numpy())
-            for part in (task._parts["train"], task._parts["test"])
+            for part in (task._on("train", "cpu"), task._on("test", "cpu"))
         )
         center, sign = a.mean(0), 2 * t - 1
         dual = np.linalg.solve((a - center) @ (a - center).T + np.eye(len(a)), sign - sign.mean())
