@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from ctbprn_lib import InputError, files
-from ctbprn_lib.tasks import CHUNK, ArrayTask, Preparation, RoutingTask, checked_recordings, refuse_missing
+from ctbprn_lib.tasks import (
+    CHUNK,
+    ArrayTask,
+    Preparation,
+    RoutingTask,
+    checked_recordings,
+    errors_about,
+    refuse_missing,
+)
 
 KINDS_OF_LABELS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))  # beside text
 CONFIG = ("n_features", "d", "rank", "n_areas", "n_layers", "n_classes", "n_replicas", "stem")
@@ -337,27 +345,28 @@ class Classifier:
         recording with fewer is read to its end.
         Raises InputError for another shape, and for values that are missing or infinite.
         """
+        with errors_about("recordings to classify"):
+            x, mask = self._checked(x, lengths)
+            device, logits = self.network.temperature.device, []
+            for i in range(0, len(x), CHUNK):
+                part = slice(i, i + CHUNK)
+                prepared = self.preparation.apply(x[part], mask[part])
+                if not np.isfinite(prepared).all():
+                    raise InputError("x holds values so far from the training samples that float32 cannot hold them")
+                there = None if mask.all() else torch.from_numpy(mask[part]).to(device)[None]
+                logits.append(self.network(torch.from_numpy(prepared).to(device)[None], None, there)[0][0])
+        return torch.cat(logits).double().softmax(-1).cpu().numpy()
 
-        def refuse(text: str) -> NoReturn:
-            raise InputError(f"recordings to classify: {text}")
-
-        x, mask = checked_recordings(x, lengths, refuse)
-        columns = self.preparation.columns
-        K, F = self.preparation.center.shape
+    def _checked(self, x: np.ndarray, lengths: Sequence[int] | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """The first seq_len tokens of x, and which of them exist (N,T), where x has the form of training."""
+        x, mask = checked_recordings(x, lengths)
+        (K, F), columns = self.preparation.center.shape, self.preparation.columns
         form = ("N", "T", sum(map(len, columns))) if columns else ("N", K, "T", F)
         if x.ndim != len(form) or any(isinstance(n, int) and n != m for n, m in zip(form, x.shape, strict=True)):
-            refuse(f"x must be ({', '.join(map(str, form))}) as in training, got shape {x.shape}")
+            raise InputError(f"x must be ({', '.join(map(str, form))}) as in training, got shape {x.shape}")
         x, mask = x[..., : self.seq_len, :], mask[:, : self.seq_len]
-        refuse_missing(x, mask, self.area_names, columns, refuse)
-        device, logits = self.network.temperature.device, []
-        for i in range(0, len(x), CHUNK):
-            part = slice(i, i + CHUNK)
-            prepared = self.preparation.apply(x[part], mask[part])
-            if not np.isfinite(prepared).all():
-                refuse("x holds values so far from the training samples that float32 cannot hold them standardised")
-            there = None if mask.all() else torch.from_numpy(mask[part]).to(device)[None]
-            logits.append(self.network(torch.from_numpy(prepared).to(device)[None], None, there)[0][0])
-        return torch.cat(logits).double().softmax(-1).cpu().numpy()
+        refuse_missing(x, mask, self.area_names, columns)
+        return x, mask
 
     def save(self, path: str | Path) -> None:
         """Write everything, with a SHA-256 of it, to a safetensors file, which CTBPRN.load reads as well."""

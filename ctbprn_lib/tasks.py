@@ -15,8 +15,9 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +27,17 @@ from ctbprn_lib import InputError, files
 SPLITS = ("train", "validation", "test")
 SPLIT_KEYS = {"validation": 1, "test": 3}  # of the routing task's seeds; the stem was chosen on samples made from key 2
 CHUNK = 256  # samples of a fixed set drawn at once; part of what makes the set the same everywhere
-Refuse = Callable[[str], NoReturn]  # raises InputError for a text that says what is wrong, and names the source
 Columns = tuple[tuple[int, ...], ...] | None  # the features of each area in recordings (N,T,F); None for (N,K,T,F)
 UEA_AREAS = {"BasicMotions": ["accelerometer"] * 3 + ["gyroscope"] * 3}
+
+
+@contextmanager
+def errors_about(source: str) -> Iterator[None]:
+    """Let the message of an InputError that is raised inside begin with source."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
 
 
 class Batch(NamedTuple):
@@ -229,19 +238,17 @@ class ArrayTask:
         source: str = "arrays",
         given: str = "",
     ) -> None:
-        def refuse(text: str) -> NoReturn:
-            raise InputError(f"{source}: {text}")
-
-        x, mask = checked_recordings(x, lengths, refuse)
-        self.area_names, columns = _area_names(x, areas, refuse)
-        refuse_missing(x, mask, self.area_names, columns, refuse)
-        self.classes, y = _classes(y, x, refuse)
-        self.class_names = tuple(str(label) for label in self.classes.tolist())
-        groups = None if groups is None else _groups(np.asarray(groups), len(x), refuse)
-        split = _splits(split, y, groups, refuse)
-        _refuse_missing_classes(y, split, self.class_names, groups is not None, refuse)
-        copies = _copies(x, mask, split, groups is not None, refuse)
-        self.preparation, x = _standardised(x, mask, split, columns, refuse)
+        with errors_about(source):
+            x, mask = checked_recordings(x, lengths)
+            self.area_names, columns = _area_names(x, areas)
+            refuse_missing(x, mask, self.area_names, columns)
+            self.classes, y = _classes(y, x)
+            self.class_names = tuple(str(label) for label in self.classes.tolist())
+            groups = None if groups is None else _groups(np.asarray(groups), len(x))
+            split = _splits(split, y, groups)
+            _refuse_missing_classes(y, split, self.class_names, groups is not None)
+            copies = _copies(x, mask, split, groups is not None)
+            self.preparation, x = _standardised(x, mask, split, columns)
 
         self.n_areas, self.n_tokens, self.n_features = x.shape[1:]
         self.n_classes, self.given = len(self.classes), given or source
@@ -366,21 +373,19 @@ def _load_uea(given: str) -> ArrayTask:
     )
 
 
-def checked_recordings(
-    x: np.ndarray, lengths: Sequence | np.ndarray | None, refuse: Refuse
-) -> tuple[np.ndarray, np.ndarray]:
+def checked_recordings(x: np.ndarray, lengths: Sequence | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """x as an array of numbers (N,T,F) or (N,K,T,F), and mask (N,T), True where lengths (N,) says a token exists."""
     x = np.asarray(x)
     if x.dtype.kind not in "fiu":
-        refuse(f"x must hold numbers, got dtype {x.dtype}")
+        raise InputError(f"x must hold numbers, got dtype {x.dtype}")
     if x.ndim not in (3, 4):
-        refuse(f"x must be (N,K,T,F) or (N,T,F), got shape {x.shape}")
+        raise InputError(f"x must be (N,K,T,F) or (N,T,F), got shape {x.shape}")
     if min(x.shape) < 1:
-        refuse(f"x is empty: {x.shape}")
+        raise InputError(f"x is empty: {x.shape}")
     N, T = x.shape[0], x.shape[-2]
     lengths = np.full(N, T) if lengths is None else np.asarray(lengths)
     if lengths.shape != (N,) or lengths.dtype.kind not in "iu" or lengths.min() < 1 or lengths.max() > T:
-        refuse(f"lengths must be ({N},) whole numbers in 1..{T}")
+        raise InputError(f"lengths must be ({N},) whole numbers in 1..{T}")
     if x.dtype == np.longdouble:
         with np.errstate(over="ignore"):  # what becomes infinite is refused later
             x = x.astype(np.float64)
@@ -392,30 +397,32 @@ def _areas(x: np.ndarray, columns: Columns) -> list[np.ndarray]:
     return [x[..., list(f)] for f in columns] if columns else list(x.swapaxes(0, 1))
 
 
-def _area_names(x: np.ndarray, areas: Sequence | np.ndarray | None, refuse: Refuse) -> tuple[tuple[str, ...], Columns]:
+def _area_names(x: np.ndarray, areas: Sequence | np.ndarray | None) -> tuple[tuple[str, ...], Columns]:
     """(names, columns): the areas in order of first appearance, and the features of each where x is (N,T,F)."""
     if x.ndim == 4:
         areas = np.arange(1, x.shape[1] + 1) if areas is None else np.asarray(areas)
         if areas.shape != x.shape[1:2]:
-            refuse(f"areas must name the {x.shape[1]} areas of x, got shape {areas.shape}")
-        names = _names(areas, "areas", refuse)
+            raise InputError(f"areas must name the {x.shape[1]} areas of x, got shape {areas.shape}")
+        names = _names(areas, "areas")
         return names if areas.dtype.kind in "US" else tuple(f"area {name}" for name in names), None
     F = x.shape[2]
     if areas is None:
-        refuse(f"x {x.shape} is (N,T,F) and needs areas: the area of each of the {F} features")
+        raise InputError(f"x {x.shape} is (N,T,F) and needs areas: the area of each of the {F} features")
     areas = np.asarray(areas)
     if areas.shape != (F,):
-        refuse(f"areas must name the area of each of the {F} features, got shape {areas.shape}")
+        raise InputError(f"areas must name the area of each of the {F} features, got shape {areas.shape}")
     columns = defaultdict(list)
-    for f, name in enumerate(_names(areas, "areas", refuse)):
+    for f, name in enumerate(_names(areas, "areas")):
         columns[name].append(f)
     shape = (x.shape[0], len(columns), x.shape[1], max(map(len, columns.values())))
     if files.too_large(4 * math.prod(shape), 4 * x.size):
-        refuse(f"areas differ too much in size: padded to the largest, {shape[3]} features, x would be {shape}")
+        raise InputError(
+            f"areas differ too much in size: padded to the largest, {shape[3]} features, x would be {shape}"
+        )
     return tuple(columns), tuple(map(tuple, columns.values()))
 
 
-def refuse_missing(x: np.ndarray, mask: np.ndarray, names: Sequence[str], columns: Columns, refuse: Refuse) -> None:
+def refuse_missing(x: np.ndarray, mask: np.ndarray, names: Sequence[str], columns: Columns) -> None:
     """Refuse values that are missing or infinite, with their number and the place of the first."""
     places = []
     for k, part in enumerate(_areas(x, columns)):
@@ -423,36 +430,36 @@ def refuse_missing(x: np.ndarray, mask: np.ndarray, names: Sequence[str], column
         places += [(len(found), n, k, t, f) for n, t, f in found[:1]]
     if places:
         _, n, k, t, f = min(places, key=lambda place: place[1:])
-        refuse(
+        raise InputError(
             f"x has {sum(place[0] for place in places)} missing or infinite values, the first at sample {n}, "
             f"{names[k]}, token {t}, feature {f}; fill or drop them first"
         )
 
 
-def _classes(y: np.ndarray, x: np.ndarray, refuse: Refuse) -> tuple[np.ndarray, np.ndarray]:
+def _classes(y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(classes, y): the labels there are, in order, and the number of each sample's."""
     y = np.asarray(y)
     if y.shape != (len(x),):
-        refuse(f"y must be ({len(x)},) for x {x.shape}, got shape {y.shape}")
-    _names(y[:1], "y", refuse)
+        raise InputError(f"y must be ({len(x)},) for x {x.shape}, got shape {y.shape}")
+    _names(y[:1], "y")
     classes, y = np.unique(y, return_inverse=True)
-    names = _names(classes, "y", refuse)
+    names = _names(classes, "y")
     if len(classes) < 2:
-        refuse("y holds a single class; at least two are needed")
+        raise InputError("y holds a single class; at least two are needed")
     return np.array(names) if classes.dtype.kind == "S" else classes, y
 
 
-def _names(values: np.ndarray, field: str, refuse: Refuse) -> tuple[str, ...]:
+def _names(values: np.ndarray, field: str) -> tuple[str, ...]:
     """Areas, classes or groups as text."""
     if values.dtype == object:
-        refuse(f"{field} holds Python objects, as pandas makes of text; give {field}.astype(str)")
+        raise InputError(f"{field} holds Python objects, as pandas makes of text; give {field}.astype(str)")
     if values.dtype.kind not in "iuUSb":
-        refuse(f"{field} must hold whole numbers or strings, got dtype {values.dtype}")
+        raise InputError(f"{field} must hold whole numbers or strings, got dtype {values.dtype}")
     try:
         names = tuple(v.decode() if isinstance(v, bytes) else str(v) for v in values.tolist())
         "".join(names).encode()  # numpy also holds code points that are no text
     except (ValueError, SystemError):  # the latter for code points beyond the last
-        refuse(f"{field} must hold whole numbers or strings, got something that is no text")
+        raise InputError(f"{field} must hold whole numbers or strings, got something that is no text") from None
     return names
 
 
@@ -465,16 +472,14 @@ def _text(name: str) -> str:
     return name
 
 
-def _groups(groups: np.ndarray, n_samples: int, refuse: Refuse) -> np.ndarray:
+def _groups(groups: np.ndarray, n_samples: int) -> np.ndarray:
     """(N,) group names as text."""
     if groups.shape != (n_samples,):
-        refuse(f"groups must be ({n_samples},), the group of each sample, got shape {groups.shape}")
-    return np.array(_names(groups, "groups", refuse))
+        raise InputError(f"groups must be ({n_samples},), the group of each sample, got shape {groups.shape}")
+    return np.array(_names(groups, "groups"))
 
 
-def _splits(
-    split: Sequence | np.ndarray | None, y: np.ndarray, groups: np.ndarray | None, refuse: Refuse
-) -> np.ndarray:
+def _splits(split: Sequence | np.ndarray | None, y: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
     """(N,) of split names, completed by a draw, stratified by class, that depends on labels and groups alone."""
     if split is None:
         split = np.full(len(y), "train", dtype="U10")
@@ -482,16 +487,18 @@ def _splits(
     else:
         split = np.asarray(split)
         if split.shape != y.shape or split.dtype.kind != "U" or not np.isin(split, SPLITS).all():
-            refuse(f"split must be ({len(y)},) of {', '.join(SPLITS)}")
+            raise InputError(f"split must be ({len(y)},) of {', '.join(SPLITS)}")
         split = split.astype("U10")
         plan = {} if (split == "validation").any() else {"validation": 1 / 3}
         for group in () if groups is None else np.unique(groups):
             sides = [name for name in SPLITS if (split[groups == group] == name).any()]
             if len(sides) > 1:
-                refuse(f"group {str(group)!r} has samples in {' and in '.join(sides)}; a group belongs on one side")
+                raise InputError(
+                    f"group {str(group)!r} has samples in {' and in '.join(sides)}; a group belongs on one side"
+                )
     free = np.flatnonzero(split == "train")
     if plan and groups is not None:
-        split[free] = _split_groups(y[free], groups[free], plan, refuse)
+        split[free] = _split_groups(y[free], groups[free], plan)
     elif plan:
         rng = np.random.default_rng(0)
         for c in np.unique(y):
@@ -500,11 +507,11 @@ def _splits(
                 split[left[:n]], left = name, left[n:]
     for name in SPLITS:
         if not (split == name).any():
-            refuse(f"no sample is left for {name}; give more samples or a split that has some")
+            raise InputError(f"no sample is left for {name}; give more samples or a split that has some")
     return split
 
 
-def _split_groups(y: np.ndarray, groups: np.ndarray, plan: dict[str, float], refuse: Refuse) -> np.ndarray:
+def _split_groups(y: np.ndarray, groups: np.ndarray, plan: dict[str, float]) -> np.ndarray:
     """(N,) of split names: whole groups, the largest first, each where it is needed most.
 
     That is where it brings classes that a split lacks, else where the classes then fit their shares best.
@@ -514,7 +521,9 @@ def _split_groups(y: np.ndarray, groups: np.ndarray, plan: dict[str, float], ref
     names, members = np.unique(groups, return_inverse=True)
     shares = {"train": 1 - sum(plan.values())} | plan
     if len(names) < len(shares):
-        refuse(f"groups: {len(names)} cannot be divided among {', '.join(shares)}; give more groups, or a split")
+        raise InputError(
+            f"groups: {len(names)} cannot be divided among {', '.join(shares)}; give more groups, or a split"
+        )
     counts = np.zeros((len(names), y.max() + 1))  # samples of each class in each group
     np.add.at(counts, (members, y), 1)
     totals = np.maximum(counts.sum(0), 1)
@@ -536,24 +545,22 @@ def _split_groups(y: np.ndarray, groups: np.ndarray, plan: dict[str, float], ref
     return np.array(list(shares), dtype="U10")[side[members]]
 
 
-def _refuse_missing_classes(
-    y: np.ndarray, split: np.ndarray, class_names: Sequence[str], grouped: bool, refuse: Refuse
-) -> None:
+def _refuse_missing_classes(y: np.ndarray, split: np.ndarray, class_names: Sequence[str], grouped: bool) -> None:
     """Refuse a class that no training sample has, and a held-out set of a single class."""
     absent = np.setdiff1d(np.arange(len(class_names)), y[split == "train"])
     if len(absent):
         reason = "; its groups are whole, and too few for every split" if grouped else ""
-        refuse(f"y: class {class_names[absent[0]]!r} has no training sample{reason}")
+        raise InputError(f"y: class {class_names[absent[0]]!r} has no training sample{reason}")
     for name in SPLITS[1:]:
         present = np.unique(y[split == name])
         if len(present) == 1:
-            refuse(
+            raise InputError(
                 f"all {name} samples are of one class, {class_names[present[0]]!r}, so a score would say nothing; give "
                 "another split, or more samples or groups of each class"
             )
 
 
-def _copies(x: np.ndarray, mask: np.ndarray, split: np.ndarray, grouped: bool, refuse: Refuse) -> dict[str, int]:
+def _copies(x: np.ndarray, mask: np.ndarray, split: np.ndarray, grouped: bool) -> dict[str, int]:
     """{split: its samples that are exact copies of a sample in another split}; refuses many, unless grouped."""
     same = defaultdict(list)  # samples by their content
     for n, length in enumerate(mask.sum(1)):
@@ -570,7 +577,7 @@ def _copies(x: np.ndarray, mask: np.ndarray, split: np.ndarray, grouped: bool, r
         counts[name], size = len(copies), (split == name).sum()
         if not grouped and len(copies) > 0.01 * size:
             a, b = copies[0], twins[copies[0]]
-            refuse(
+            raise InputError(
                 f"{len(copies)} of the {size} {name} samples are exact copies of samples in another split, the first "
                 f"pair is {a} ({split[a]}) and {b} ({split[b]}); a score would measure memory. Drop the copies, or "
                 "give groups (what samples have in common), which are kept on one side"
@@ -579,17 +586,19 @@ def _copies(x: np.ndarray, mask: np.ndarray, split: np.ndarray, grouped: bool, r
 
 
 def _standardised(
-    x: np.ndarray, mask: np.ndarray, split: np.ndarray, columns: Columns, refuse: Refuse
+    x: np.ndarray, mask: np.ndarray, split: np.ndarray, columns: Columns
 ) -> tuple[Preparation, np.ndarray]:
     """The preparation that the training samples need, and all samples (N,K,T,F) prepared with it."""
     train = split == "train"
     try:
         preparation = Preparation.of(x[train], mask[train], columns)
     except OverflowError:
-        refuse("x: the values of a feature differ by more than float64 can hold")
+        raise InputError("x: the values of a feature differ by more than float64 can hold") from None
     x = preparation.apply(x, mask)
     if not np.isfinite(x).all():
-        refuse("x: a held-out sample lies so far from the training samples that float32 cannot hold it standardised")
+        raise InputError(
+            "x: a held-out sample lies so far from the training samples that float32 cannot hold it standardised"
+        )
     return preparation, x
 
 

@@ -54,9 +54,9 @@ def test_bytes_are_counted_where_they_move():
         (lambda: a + few.expand(3, 4), 4 * (2 * 12 + 4)),
         (lambda: a.add_(1), 4 * 2 * 12),
     ]:
-        with speed._Bytes() as counted:
+        with speed._Counter() as counted:
             operation()
-        assert counted.total == moved
+        assert counted.n_bytes == moved
 
 
 def test_a_step_s_time_is_shared_out_among_its_operations(monkeypatch):
