@@ -6,13 +6,11 @@ What is returned is plain (arrays, series, cells, values); whether it makes sens
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 import os
 import shlex
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,38 +89,40 @@ def digest(tensors: dict[str, torch.Tensor], text: str) -> str:
 
 def npz(path: str | Path, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """{name: array} of a .npz file that holds the arrays required and any of the optional ones."""
-    file = path = _file(path)
-    with _reading(path, "a readable .npz of plain arrays"), zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        names = [member.filename.removesuffix(".npy") for member in members]
+    file = _file(path)
+    with (
+        _reading(path, "a readable .npz of plain arrays"),
+        file.open("rb") as stream,
+        np.load(stream, allow_pickle=False) as archive,
+    ):
+        names = archive.files
         if not set(required) <= set(names) <= {*required, *optional} or len(names) > len(set(names)):
             raise InputError(
                 f"{path}: expected the arrays {', '.join(required)} and optionally {', '.join(optional)}; "
                 f"got {', '.join(sorted(names)) or 'none'}"
             )
-        size = sum(member.file_size for member in members)  # zipfile reads no more than this, whatever is in there
+        size = sum(member.file_size for member in archive.zip.infolist())  # zipfile reads no more than this
         if too_large(size, file.stat().st_size):
             raise InputError(
                 f"{path}: unpacks to {size:,} bytes, more than {GROWTH} times its size; if that is meant, write it "
                 "with numpy.savez, which does not compress"
             )
-        return {name: _array(path, archive, member) for name, member in zip(names, members, strict=True)}
+        return {name: _array(f"{path}: {name}.npy", name, archive) for name in names}
 
 
-def _array(path, archive, member):
-    with _reading(f"{path}: {member.filename}", "a plain array"), archive.open(member) as stream:
+def _array(place: str, name: str, archive: Mapping[str, np.ndarray]) -> np.ndarray:
+    with _reading(place, "a plain array"):
         try:
-            array = np.lib.format.read_array(stream, allow_pickle=False)
+            array = archive[name]
         except ValueError as error:
             if "Object arrays" not in str(error):
                 raise
-            field = Path(member.filename).stem
             raise InputError(
-                f"{path}: {member.filename}: not a plain array but Python objects, as pandas makes of text, which are "
-                f"not read because they can run code; save {field}.astype(str), or numbers"
+                f"{place}: not a plain array but Python objects, as pandas makes of text, which are not read because "
+                f"they can run code; save {name}.astype(str), or numbers"
             ) from None
-        if array.nbytes > member.file_size:
-            raise ValueError(f"{array.shape} of {array.dtype} is more than what is stored")
+        if not isinstance(array, np.ndarray):  # numpy returns the bytes of what is no array
+            raise ValueError("it is no .npy")
     return array
 
 
@@ -167,7 +167,7 @@ def ts(path: str | Path) -> tuple[list[np.ndarray], list[str]]:
     return series, labels
 
 
-def _ts_header(path, lines):
+def _ts_header(path: str | Path, lines: Sequence[str]) -> tuple[dict[str, list[str]], int]:
     """({key in small letters: the words behind it}, number of the first line of data) of a .ts file."""
     header: dict[str, list[str]] = {}
     for n, line in enumerate(lines):
@@ -185,7 +185,7 @@ def _ts_header(path, lines):
     raise InputError(f"{path}: not a readable .ts file: expected lines that begin with @, the last of them @data")
 
 
-def _checked_ts_header(path, header):
+def _checked_ts_header(path: str | Path, header: dict[str, list[str]]) -> dict[str, list[str]]:
     yes = {}
     for key in ("timestamps", "targetlabel", "classlabel"):
         words = header.get(key) or ["false"]
@@ -201,7 +201,7 @@ def _checked_ts_header(path, header):
     return header
 
 
-def _ts_value(cell):
+def _ts_value(cell: str) -> float:
     """A number of a .ts file; NaN for "?"."""
     if "_" in cell:  # which Python's numbers may have
         raise ValueError(f"could not convert string to float: {cell!r}")
@@ -237,33 +237,22 @@ def table(path: str | Path, text: Sequence[str] = (), numbers: Mapping[str, floa
     """
     import pandas as pd
 
-    place = _file(path)
-    with _reading(path, "a readable CSV file"), place.open(newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file, strict=True)
+    file = _file(path)
+    with _reading(path, "a readable CSV file"):
+        content = pd.read_csv(
+            file, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=[""], float_precision="round_trip"
+        )
     wanted = [*text, *(numbers or ())]
-    if len(set(header)) < len(header) or not set(wanted) <= set(header):
-        raise InputError(f"{path}: expected each column once and {', '.join(wanted)} among them; got {header}")
-    for n, row in enumerate(rows, 1):
-        if len(row) != len(header):
-            raise InputError(f"{path}: row {n} has {len(row)} cells, the header {len(header)}")
-    cells = {name: [row[k] for row in rows] for k, name in enumerate(header)}
+    if not isinstance(content.index, pd.RangeIndex) or not set(wanted) <= set(content):  # rows with too many cells
+        raise InputError(f"{path}: expected the columns {', '.join(wanted)}; got {', '.join(content)}")
     if numbers is None:
-        numbers = dict.fromkeys((name for name in header if name not in text), math.inf)
-    columns = {name: _numbers(path, name, cells[name], largest) for name, largest in numbers.items()}
-    return pd.DataFrame({name: cells[name] for name in text} | columns)
-
-
-def _numbers(path, name, cells, largest):
-    """Cells as an array: of whole numbers if all are, else of floats, NaN where a cell is empty."""
-    try:
-        values = np.array([float(cell) if cell else math.nan for cell in cells])
-    except ValueError:
-        values = np.full(1, math.inf)
-    least = -math.inf if largest == math.inf else 0
-    if np.isinf(values).any() or (values > largest).any() or (values < least).any():
-        raise InputError(f"{path}: {name} must hold numbers" + (f" from 0 to {largest:g}" if least == 0 else ""))
-    whole = all(cell.isdecimal() for cell in cells) and (values < 2**53).all()
-    return values.astype(np.int64) if whole else values
+        numbers = dict.fromkeys((name for name in content if name not in text), math.inf)
+    for name, largest in numbers.items():
+        values, limits = content[name], "" if largest == math.inf else f" from 0 to {largest:g}"
+        finite = values.dtype.kind in "iuf" and not np.isinf(values).any()
+        if not finite or (limits and not values.dropna().between(0, largest).all()):
+            raise InputError(f"{path}: {name} must hold numbers{limits}")
+    return content[[*text, *numbers]].fillna(dict.fromkeys(text, ""))
 
 
 def printable(text: object) -> str:
@@ -276,7 +265,7 @@ def word(text: object) -> str:
     return shlex.quote(printable(text))
 
 
-def _file(path):
+def _file(path: str | Path) -> Path:
     """path as a Path to a file: a pipe or a device would never end."""
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         where = "" if os.path.isabs(path) else f" in {os.getcwd()}, where relative paths begin"
@@ -285,7 +274,7 @@ def _file(path):
 
 
 @contextmanager
-def _reading(place, what):
+def _reading(place: str | Path, what: str) -> Iterator[None]:
     """Parsers raise whatever they trip over, and warn where a caller can do nothing: say that place is not what."""
     try:
         with warnings.catch_warnings():

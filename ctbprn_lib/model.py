@@ -6,9 +6,10 @@ T tokens, F input features, d width, r router rank, L layers, C classes.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,13 +17,35 @@ import torch.nn.functional as F
 from torch import nn
 
 from ctbprn_lib import InputError, files
-from ctbprn_lib.tasks import CHUNK, ArrayTask, Preparation, RoutingTask, checked_recordings, refuse_missing
+from ctbprn_lib.tasks import (
+    CHUNK,
+    ArrayTask,
+    Preparation,
+    RoutingTask,
+    checked_recordings,
+    errors_about,
+    refuse_missing,
+)
 
 KINDS_OF_LABELS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))  # beside text
 CONFIG = ("n_features", "d", "rank", "n_areas", "n_layers", "n_classes", "n_replicas", "stem")
 
+# {our name: the original's name} of the parameters of the head, of what the areas of a layer share, and of a column.
+HEAD_NAMES = {
+    "head_gain": "head.0.weight", "head_bias": "head.0.bias", "head_weight": "head.2.weight", "head_c": "head.2.bias",
+}  # fmt: skip
+SHARED_NAMES = {
+    "U": "router.U", "V": "router.V", "P": "ctrl.proj.weight", "p": "ctrl.proj.bias",
+    "ctrl_gain": "ctrl.head.0.weight", "ctrl_bias": "ctrl.head.0.bias", "H1": "ctrl.head.1.weight",
+    "b1": "ctrl.head.1.bias", "H2": "ctrl.head.3.weight", "b2": "ctrl.head.3.bias",
+}  # fmt: skip
+COLUMN_NAMES = {
+    "W_b": "W_b.weight", "W_a": "W_a.weight", "W_g": "W_g.weight", "beta": "W_g.bias",
+    "W_m1": "W_m1.weight", "W_m2": "W_m2.weight", "norm_gain": "norm.weight", "norm_bias": "norm.bias",
+}  # fmt: skip
 
-def _linear(weight, x, bias=None):
+
+def _linear(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (..., N, i), weight (..., o, i), bias (..., o) with equal leading axes -> (..., N, o): one batched product."""
     lead, (n, i) = x.shape[:-2], x.shape[-2:]
     o = weight.shape[-2]
@@ -31,7 +54,15 @@ def _linear(weight, x, bias=None):
     return y.view(*lead, n, o)
 
 
-def _layer_norm(x, gain, bias):
+def _draw_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Fill weight (o, i) and bias (o) with the initial values that nn.Linear draws."""
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    if bias is not None:
+        limit = 1 / math.sqrt(weight.shape[1])
+        nn.init.uniform_(bias, -limit, limit)
+
+
+def _layer_norm(x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Layer norm over the last axis of x; gain and bias broadcast to it, so each replica and area has its own.
 
     They are rounded to x's precision as weights are, and autocast is off, which widens norms on a GPU: x stays narrow.
@@ -69,6 +100,24 @@ class Layer(nn.Module):
             "H1": (R, 2 * d, K * d), "b1": (R, 2 * d), "H2": (R, K, 2 * d), "b2": (R, K),
         }  # fmt: skip
 
+    @torch.no_grad()
+    def draw_initial_values(self, r: int) -> None:
+        """Draw the initial values of replica r from torch's CPU state, in the original's order."""
+        K, d = self.beta.shape[1:]
+        for k in range(K):
+            columns = {name: self.get_parameter(name)[r, k] for name in ("W_b", "W_a", "W_g", "W_m1", "W_m2")}
+            for name, weight in columns.items():
+                _draw_linear(weight, self.beta[r, k] if name == "W_g" else None)
+            gate = columns.pop("W_g")
+            for weight in columns.values():  # drawn anew
+                nn.init.xavier_uniform_(weight, gain=0.8)
+            nn.init.xavier_uniform_(gate, gain=0.2)
+        self.U[r].normal_().mul_(d**-0.5)
+        self.V[r].normal_().mul_(d**-0.5)
+        for weight, bias in ((self.P, self.p), (self.H1, self.b1), (self.H2, self.b2)):
+            _draw_linear(weight[r], bias[r])
+        self.norm_gain[r], self.ctrl_gain[r] = 1, 1
+
     def forward(
         self, x: torch.Tensor, mask: torch.Tensor | None, temperature: torch.Tensor, gumbel: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,7 +151,7 @@ class Layer(nn.Module):
         return x.view(R, K, B, T, d), route
 
 
-def _token_mean(x, mask):
+def _token_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Mean over the tokens that exist, all of them where mask (R,B,T) is None: (R,K,B,T,d) -> (R,K,B,d)."""
     if mask is None:
         return x.sum(3) / x.shape[3]  # x.mean takes four times as long in bf16
@@ -137,8 +186,8 @@ class CTBPRN(nn.Module):
         seed: int | Sequence[int] | None = 0,
     ) -> None:
         super().__init__()
-        sizes = dict(n_features=n_features, d=d, rank=rank, n_areas=n_areas, n_layers=n_layers, n_classes=n_classes)
-        self.config: dict[str, Any] = sizes | dict(n_replicas=n_replicas, stem=bool(stem))
+        values = (n_features, d, rank, n_areas, n_layers, n_classes, n_replicas, bool(stem))
+        self.config: dict[str, Any] = dict(zip(CONFIG, values, strict=True))
         for name, value in self.config.items():
             if not isinstance(value, int) or value < (name != "stem"):
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -152,7 +201,7 @@ class CTBPRN(nn.Module):
         for name, shape in _shapes(**self.config).items():
             if "." not in name and name != "temperature":
                 self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-        self.layers = nn.ModuleList(Layer(R, K, d, rank) for _ in range(n_layers))
+        self.layers: Any = nn.ModuleList(Layer(R, K, d, rank) for _ in range(n_layers))
         if seed is None:
             return
         seeds = [seed + r for r in range(R)] if isinstance(seed, int) else list(seed)
@@ -161,7 +210,23 @@ class CTBPRN(nn.Module):
         with torch.random.fork_rng(devices=[]):
             for r, s in enumerate(seeds):
                 torch.manual_seed(s)
-                self._set_replica(r, draw_initial_values(self.config))
+                self.draw_initial_values(r)
+
+    @torch.no_grad()
+    def draw_initial_values(self, r: int) -> None:
+        """Draw the initial values of replica r from torch's CPU state, in the order of MODEL section 2.
+
+        The stem, which the original has not, is semi-orthogonal (Saxe et al., 2014): the first layer sees the input's
+        geometry and variance as it would without one.
+        """
+        for layer in self.layers:
+            layer.draw_initial_values(r)
+        self.head_gain[r] = 1
+        _draw_linear(self.head_weight[r], self.head_c[r])
+        if self.config["stem"]:  # drawn last, so that a network without a stem has the golden files' values
+            gain = max(1, self.config["d"] / self.config["n_features"]) ** 0.5  # a channel keeps the input's variance
+            for weight in self.stem_weight[r]:
+                nn.init.orthogonal_(weight, gain=gain)
 
     def forward(
         self, x: torch.Tensor, gumbel: torch.Tensor | None = None, mask: torch.Tensor | None = None
@@ -187,41 +252,29 @@ class CTBPRN(nn.Module):
         return _linear(self.head_weight, f, self.head_c), torch.stack(routes, 1)
 
     @classmethod
+    @torch.no_grad()
     def from_reference(cls, params: Mapping[str, np.ndarray | torch.Tensor], temperature: float) -> "CTBPRN":
         """One replica without a stem from arrays under the original's names, with or without "param." before them."""
         prefix = "param." if any(name.startswith("param.") for name in params) else ""
-        params = {n.removeprefix(prefix): torch.as_tensor(a) for n, a in params.items() if n.startswith(prefix)}
+        params = {name.removeprefix(prefix): a for name, a in params.items() if name.startswith(prefix)}
         n_layers = 1 + max(int(name.split(".")[1]) for name in params if name.startswith("steps."))
         K, d, r = params["steps.0.router.U"].shape
         model = cls(d, d, r, K, n_layers, params["head.2.weight"].shape[0], temperature, stem=False, seed=None)
-        model._set_replica(0, params)
+        for theirs, (ours, index) in model.reference_names():
+            model.get_parameter(ours)[0][index] = torch.as_tensor(params[theirs])
         return model
 
     def reference_names(self) -> Iterator[tuple[str, tuple[str, Any]]]:
-        """Pairs (the original's name, place): place is (parameter name, index behind the replica axis)."""
-        column = {"W_b": "W_b.weight", "W_a": "W_a.weight", "W_g": "W_g.weight", "beta": "W_g.bias",
-                  "W_m1": "W_m1.weight", "W_m2": "W_m2.weight",
-                  "norm_gain": "norm.weight", "norm_bias": "norm.bias"}  # fmt: skip
-        shared = {"U": "router.U", "V": "router.V", "P": "ctrl.proj.weight", "p": "ctrl.proj.bias",
-                  "ctrl_gain": "ctrl.head.0.weight", "ctrl_bias": "ctrl.head.0.bias", "H1": "ctrl.head.1.weight",
-                  "b1": "ctrl.head.1.bias", "H2": "ctrl.head.3.weight", "b2": "ctrl.head.3.bias"}  # fmt: skip
-        head = {"head_gain": "head.0.weight", "head_bias": "head.0.bias", "head_weight": "head.2.weight",
-                "head_c": "head.2.bias"}  # fmt: skip
-        stem = {"stem_weight": "stem.{k}.weight", "stem_bias": "stem.{k}.bias"} if self.config["stem"] else {}
-        areas = range(self.config["n_areas"])
-        yield from ((theirs, (ours, ...)) for ours, theirs in head.items())
-        yield from ((theirs.format(k=k), (ours, k)) for ours, theirs in stem.items() for k in areas)
-        for i in range(self.config["n_layers"]):
-            yield from ((f"steps.{i}.{theirs}", (f"layers.{i}.{ours}", ...)) for ours, theirs in shared.items())
-            for k in areas:
-                yield from (
-                    (f"steps.{i}.columns.{k}.{theirs}", (f"layers.{i}.{ours}", k)) for ours, theirs in column.items()
-                )
+        """Pairs (the original's name, place): place is (parameter name, index behind the replica axis).
 
-    @torch.no_grad()
-    def _set_replica(self, r, values):
-        for theirs, (ours, index) in self.reference_names():
-            self.get_parameter(ours)[r][index].copy_(values[theirs])
+        The stem is left out, because the original has none.
+        """
+        yield from ((theirs, (ours, ...)) for ours, theirs in HEAD_NAMES.items())
+        for i in range(self.config["n_layers"]):
+            yield from ((f"steps.{i}.{theirs}", (f"layers.{i}.{ours}", ...)) for ours, theirs in SHARED_NAMES.items())
+            for k in range(self.config["n_areas"]):
+                for ours, theirs in COLUMN_NAMES.items():
+                    yield f"steps.{i}.columns.{k}.{theirs}", (f"layers.{i}.{ours}", k)
 
     @torch.no_grad()
     def replica(self, r: int) -> "CTBPRN":
@@ -243,28 +296,18 @@ class CTBPRN(nn.Module):
         return cls._of(path, {k: v for k, v in state.items() if k not in Classifier.TENSORS}, config)
 
     @classmethod
-    def _of(cls, path, state, config):
-        def refuse(text: str) -> NoReturn:
-            raise InputError(f"{path}: {text}")
-
-        if any(value.dtype != torch.float32 for value in state.values()):
-            refuse("the weights must be float32")
+    def _of(cls, path: str | Path, state: dict[str, torch.Tensor], text: str) -> "CTBPRN":
+        """The network of a file with this state and this text, which is its configuration as JSON."""
         try:  # compared before anything is built: a few bytes of configuration could ask for any amount of memory
-            config = json.loads(config)
-            config = {k: v for k, v in config.items() if k != "classifier"}
-            whole = all(type(config[name]) is (bool if name == "stem" else int) for name in CONFIG)
-            fits = whole and set(config) == set(CONFIG) and 0 < config["n_layers"] <= len(state)
-            fits = fits and _shapes(**config) == {name: tuple(value.shape) for name, value in state.items()}
+            config = {name: value for name, value in json.loads(text).items() if name != "classifier"}
+            model = cls(**config, seed=None) if _fits(state, config) else None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            fits = False
-        if not fits:
-            refuse(f"the configuration does not fit the weights; it has {', '.join(CONFIG)}")
-        if not all(value.isfinite().all() for value in state.values()) or not (state["temperature"] > 0).all():
-            refuse("the weights must be finite numbers and temperature above 0")
-        try:
-            model = cls(**config, seed=None)
-        except InputError as error:
-            refuse(str(error))
+            model = None
+        if model is None:
+            raise InputError(
+                f"{path}: the configuration does not fit the weights; expected {', '.join(CONFIG)}, weights of the "
+                "shapes that follow from them, which are finite float32 numbers, and temperature above 0"
+            )
         model.load_state_dict(state)
         return model
 
@@ -302,27 +345,28 @@ class Classifier:
         recording with fewer is read to its end.
         Raises InputError for another shape, and for values that are missing or infinite.
         """
+        with errors_about("recordings to classify"):
+            x, mask = self._checked(x, lengths)
+            device, logits = self.network.temperature.device, []
+            for i in range(0, len(x), CHUNK):
+                part = slice(i, i + CHUNK)
+                prepared = self.preparation.apply(x[part], mask[part])
+                if not np.isfinite(prepared).all():
+                    raise InputError("x holds values so far from the training samples that float32 cannot hold them")
+                there = None if mask.all() else torch.from_numpy(mask[part]).to(device)[None]
+                logits.append(self.network(torch.from_numpy(prepared).to(device)[None], None, there)[0][0])
+        return torch.cat(logits).double().softmax(-1).cpu().numpy()
 
-        def refuse(text: str) -> NoReturn:
-            raise InputError(f"recordings to classify: {text}")
-
-        x, mask = checked_recordings(x, lengths, refuse)
-        columns = self.preparation.columns
-        K, F = self.preparation.center.shape
+    def _checked(self, x: np.ndarray, lengths: Sequence[int] | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """The first seq_len tokens of x, and which of them exist (N,T), where x has the form of training."""
+        x, mask = checked_recordings(x, lengths)
+        (K, F), columns = self.preparation.center.shape, self.preparation.columns
         form = ("N", "T", sum(map(len, columns))) if columns else ("N", K, "T", F)
         if x.ndim != len(form) or any(isinstance(n, int) and n != m for n, m in zip(form, x.shape, strict=True)):
-            refuse(f"x must be ({', '.join(map(str, form))}) as in training, got shape {x.shape}")
+            raise InputError(f"x must be ({', '.join(map(str, form))}) as in training, got shape {x.shape}")
         x, mask = x[..., : self.seq_len, :], mask[:, : self.seq_len]
-        refuse_missing(x, mask, self.area_names, columns, refuse)
-        device, logits = self.network.temperature.device, []
-        for i in range(0, len(x), CHUNK):
-            part = slice(i, i + CHUNK)
-            prepared = self.preparation.apply(x[part], mask[part])
-            if not np.isfinite(prepared).all():
-                refuse("x holds values so far from the training samples that float32 cannot hold them standardised")
-            there = None if mask.all() else torch.from_numpy(mask[part]).to(device)[None]
-            logits.append(self.network(torch.from_numpy(prepared).to(device)[None], None, there)[0][0])
-        return torch.cat(logits).double().softmax(-1).cpu().numpy()
+        refuse_missing(x, mask, self.area_names, columns)
+        return x, mask
 
     def save(self, path: str | Path) -> None:
         """Write everything, with a SHA-256 of it, to a safetensors file, which CTBPRN.load reads as well."""
@@ -342,32 +386,43 @@ class Classifier:
         if about is None:
             raise InputError(f"{path}: a network without what a classifier needs; CTBPRN.load reads it")
         try:
-            columns = about["columns"] and tuple(tuple(map(int, features)) for features in about["columns"])
             center, scale = (state[name].numpy() for name in cls.TENSORS)
-            seq_len, area_names, kind = about["seq_len"], about["area_names"], about["kind"]
-            classes = np.array(about["classes"], dtype=kind if kind in KINDS_OF_LABELS else None)
-            kinds = {type(label) for label in about["classes"]}
-            whole = kinds in ({int}, {bool}) and kind in KINDS_OF_LABELS
-            fits = (
-                (kinds == {str} or whole)
-                and center.shape == scale.shape == (K, F)
-                and center.dtype == scale.dtype == np.float64
-            )
-            fits = fits and bool(np.isfinite(center).all() and (scale > 0).all())
-            fits = fits and classes.shape == (network.config["n_classes"],) and classes.dtype.kind in "iuUb"
-            fits = fits and type(seq_len) is int and seq_len > 0 and network.config["n_replicas"] == 1
-            fits = fits and len(area_names) == K and all(isinstance(name, str) for name in area_names)
-            if columns:
-                flat = sorted(f for features in columns for f in features)
-                fits = fits and len(columns) == K and max(map(len, columns)) == F and flat == list(range(len(flat)))
+            columns = about["columns"] and tuple(tuple(map(int, features)) for features in about["columns"])
+            flat = sorted(f for features in columns or () for f in features)
+            labels, kind, seq_len, area_names = (about[name] for name in ("classes", "kind", "seq_len", "area_names"))
+            classes = np.array(labels, dtype=kind if kind in KINDS_OF_LABELS else None)
+            fits = [
+                center.shape == scale.shape == (K, F),
+                center.dtype == scale.dtype == np.float64,
+                np.isfinite(center).all() and (scale > 0).all(),
+                not columns or (len(columns) == K and max(map(len, columns)) == F and flat == list(range(len(flat)))),
+                classes.shape == (network.config["n_classes"],) and classes.tolist() == labels,
+                classes.dtype.kind == "U" or (classes.dtype.name == kind and kind in KINDS_OF_LABELS),
+                type(seq_len) is int and seq_len > 0,
+                network.config["n_replicas"] == 1,
+                len(area_names) == K and all(isinstance(name, str) for name in area_names),
+            ]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            fits = False
-        if not fits:
+            fits = [False]
+        if not all(fits):
             raise InputError(f"{path}: what the classifier holds does not fit its network; the file is damaged")
         return cls(network, Preparation(columns or None, center, scale), classes, area_names, seq_len)
 
 
-def _shapes(n_features, d, rank, n_areas, n_layers, n_classes, n_replicas, stem):
+def _fits(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> bool:
+    """Whether state holds what a network of this configuration holds."""
+    types = {name: bool if name == "stem" else int for name in CONFIG}
+    if {name: type(value) for name, value in config.items()} != types or not 0 < config["n_layers"] <= len(state):
+        return False
+    if {name: tuple(value.shape) for name, value in state.items()} != _shapes(**config):
+        return False
+    finite = all(value.dtype == torch.float32 and value.isfinite().all() for value in state.values())
+    return finite and bool((state["temperature"] > 0).all())
+
+
+def _shapes(
+    n_features: int, d: int, rank: int, n_areas: int, n_layers: int, n_classes: int, n_replicas: int, stem: bool
+) -> dict[str, tuple[int, ...]]:
     """{name: shape} of everything in the state of a network with this configuration."""
     R, K = n_replicas, n_areas
     shapes = {"stem_weight": (R, K, d, n_features), "stem_bias": (R, K, d)} if stem else {}
@@ -375,43 +430,3 @@ def _shapes(n_features, d, rank, n_areas, n_layers, n_classes, n_replicas, stem)
     shapes |= {"head_c": (R, n_classes), "temperature": (R,)}
     layer = Layer.shapes(R, K, d, rank)
     return shapes | {f"layers.{i}.{name}": shape for i in range(n_layers) for name, shape in layer.items()}
-
-
-def draw_initial_values(config: dict[str, int]) -> dict[str, torch.Tensor]:
-    """One replica's initial values under the original's names, from torch's CPU state, in MODEL section 2's order.
-
-    The stem, which the original has not, is semi-orthogonal (Saxe et al., 2014): the first layer sees the input's
-    geometry and variance as it would without one.
-    """
-    K, d, r = config["n_areas"], config["d"], config["rank"]
-    values = {}
-
-    def linear(name: str, n_in: int, n_out: int, bias: bool = True) -> None:
-        values.update({f"{name}.{key}": value for key, value in nn.Linear(n_in, n_out, bias=bias).state_dict().items()})
-
-    def norm(name: str, size: int) -> None:
-        values.update({f"{name}.weight": torch.ones(size), f"{name}.bias": torch.zeros(size)})
-
-    for i in range(config["n_layers"]):
-        for k in range(K):
-            column = f"steps.{i}.columns.{k}"
-            for name in ("W_b", "W_a", "W_g", "W_m1", "W_m2"):
-                linear(f"{column}.{name}", d * (1 + (name == "W_g")), d, bias=name == "W_g")
-            for name in ("W_b", "W_a", "W_m1", "W_m2"):
-                nn.init.xavier_uniform_(values[f"{column}.{name}.weight"], gain=0.8)
-            nn.init.xavier_uniform_(values[f"{column}.W_g.weight"], gain=0.2)
-            norm(f"{column}.norm", d)
-        for name in ("U", "V"):
-            values[f"steps.{i}.router.{name}"] = torch.randn(K, d, r) * d**-0.5
-        linear(f"steps.{i}.ctrl.proj", d, d)
-        norm(f"steps.{i}.ctrl.head.0", K * d)
-        linear(f"steps.{i}.ctrl.head.1", K * d, 2 * d)
-        linear(f"steps.{i}.ctrl.head.3", 2 * d, K)
-    norm("head.0", K * d)
-    linear("head.2", K * d, config["n_classes"])
-    if config["stem"]:  # drawn last, so that a network without a stem has the golden files' values
-        scale = max(1, d / config["n_features"]) ** 0.5  # a channel keeps the variance of the input
-        for k in range(K):
-            weight = nn.init.orthogonal_(torch.empty(d, config["n_features"]), gain=scale)
-            values |= {f"stem.{k}.weight": weight, f"stem.{k}.bias": torch.zeros(d)}
-    return values

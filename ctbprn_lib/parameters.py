@@ -23,10 +23,12 @@ from ctbprn_lib.device import PRECISIONS, device_name, resolve_device
 from ctbprn_lib.search import OBJECTIVES, PRUNERS, SAMPLERS, commit
 from ctbprn_lib.storage import storage_url, study_folder
 
-AT_LEAST_ONE = {"n_trials", "n_steps", "n_replicas", "d", "rank", "batch_size", "n_samples", "max_steps", "n_top"}
-AT_LEAST_ONE |= {"n_test", "n_sets", "n_reports", "n_power", "n_runs"}
-AT_LEAST_TWO = {"n_seeds", "n_fresh_seeds", "n_spread_seeds", "n_curve_seeds", "n_pairs"}  # an interval needs two
-AT_LEAST_ZERO = {"n_workers", "minutes"}
+LEAST: dict[str, int] = {  # the smallest value of a parameter; an interval needs two seeds
+    **dict.fromkeys(("n_trials", "n_steps", "n_replicas", "d", "rank", "batch_size", "n_samples", "max_steps"), 1),
+    **dict.fromkeys(("n_top", "n_test", "n_sets", "n_reports", "n_power", "n_runs"), 1),
+    **dict.fromkeys(("n_seeds", "n_fresh_seeds", "n_spread_seeds", "n_curve_seeds", "n_pairs"), 2),
+    **dict.fromkeys(("n_workers", "n_levels", "minutes"), 0),
+}
 ABOVE_ZERO = {"lr", "temperature", "run_seconds"}
 STUDY_NAMES = {"study_name", "tested_by", "like"}
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -49,7 +51,8 @@ def check(namespace: Mapping[str, Any]) -> None:
     name is nearest.
     """
     kinds = _kinds(namespace)
-    _check_injected(_injected_cell(namespace), kinds)
+    injected = [cell for cell in namespace.get("In", ()) if cell.startswith(INJECTED)]
+    _check_injected("".join(injected[-1:]), kinds)
     for name, kind in kinds.items():
         if name not in namespace:
             raise InputError(f"the parameter {name} is missing; it must be {KINDS[kind]}")
@@ -78,18 +81,17 @@ def _check_value(name: str, value: Any, kind: type) -> None:
 
     if kind is str and isinstance(value, (int, float)):
         refuse(f"text, which papermill takes for a number here: write -r {name} {value}")
-    if not _is_of_kind(value, kind):
+    types = (int, float) if kind is float else kind
+    misplaced = isinstance(value, bool) != (kind is bool)  # for Python true and false are whole numbers too
+    is_of_kind = isinstance(value, types) and not misplaced
+    if not is_of_kind:
         refuse(KINDS[kind])
     if name in CHOICES and value not in CHOICES[name]:
         nearest = difflib.get_close_matches(value, CHOICES[name], 1, 0.5)
         hint = f" (did you mean {nearest[0]}?)" if nearest else ""
         refuse(f"one of {', '.join(CHOICES[name])}{hint}")
-    if name in AT_LEAST_ONE and value < 1:
-        refuse(f"{KINDS[kind]} of at least 1")
-    if name in AT_LEAST_TWO and value < 2:
-        refuse(f"{KINDS[kind]} of at least 2")
-    if name in AT_LEAST_ZERO and not 0 <= value < float("inf"):
-        refuse(f"{KINDS[kind]} of at least 0")
+    if name in LEAST and not LEAST[name] <= value < float("inf"):
+        refuse(f"{KINDS[kind]} of at least {LEAST[name]}")
     if name in ABOVE_ZERO and not 0 < value < float("inf"):
         refuse("a number above 0")
     if name == "seq_len" and value < 0:
@@ -102,13 +104,6 @@ def _check_value(name: str, value: Any, kind: type) -> None:
         storage_url("any", value)
     if name == "device":
         resolve_device(value)
-
-
-def _is_of_kind(value: Any, kind: type) -> bool:
-    """Whether a value is of a kind. A whole number is a number too, but true and false are no numbers."""
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _kinds(namespace: Mapping[str, Any]) -> dict[str, type]:
@@ -127,14 +122,6 @@ def _kinds(namespace: Mapping[str, Any]) -> dict[str, type]:
     return kinds
 
 
-def _injected_cell(namespace: Mapping[str, Any]) -> str:
-    """The last cell that papermill has written; empty if there is none."""
-    for cell in reversed(namespace.get("In", ())):
-        if cell.startswith(INJECTED):
-            return cell
-    return ""
-
-
 def _check_injected(source: str, kinds: Mapping[str, type]) -> None:
     """Raise InputError if the injected cell holds anything but known names and plain values.
 
@@ -145,20 +132,18 @@ def _check_injected(source: str, kinds: Mapping[str, type]) -> None:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise InputError(f"a parameter is a name and a value, got {source.removeprefix(INJECTED)!r}") from None
     for statement in statements:
-        if not isinstance(statement, ast.Assign) or len(statement.targets) > 1:  # a = b = 1 has two targets
-            raise InputError(f"a parameter is a name and a value, got {ast.unparse(statement)!r}")
-        target = statement.targets[0]
-        if not isinstance(target, ast.Name):
-            raise InputError(f"a parameter is a name and a value, got {ast.unparse(statement)!r}")
-        name = target.id
-        if name not in kinds:
-            nearest = difflib.get_close_matches(name, kinds, 1, 0.5)
-            hint = f"; did you mean {nearest[0]}?" if nearest else "."
-            raise InputError(f"there is no parameter {name!r}{hint} The parameters are {', '.join(kinds)}")
-        try:  # papermill also writes float('nan'), which is no plain value; no parameter may be that
-            ast.literal_eval(statement.value)
-        except (ValueError, TypeError, RecursionError, MemoryError):
-            raise InputError(f"{name} must be {KINDS[kinds[name]]}, got {ast.unparse(statement.value)!r}") from None
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in kinds:
+                try:  # papermill also writes float('nan'), which is no plain value; no parameter may be that
+                    ast.literal_eval(value)
+                except (ValueError, TypeError, RecursionError, MemoryError):
+                    raise InputError(f"{name} must be {KINDS[kinds[name]]}, got {ast.unparse(value)!r}") from None
+            case ast.Assign(targets=[ast.Name(id=name)]):
+                nearest = difflib.get_close_matches(name, kinds, 1, 0.5)
+                hint = f"; did you mean {nearest[0]}?" if nearest else "."
+                raise InputError(f"there is no parameter {name!r}{hint} The parameters are {', '.join(kinds)}")
+            case _:
+                raise InputError(f"a parameter is a name and a value, got {ast.unparse(statement)!r}")
 
 
 def _check_before_run(lines: list[str]) -> list[str]:

@@ -55,10 +55,9 @@ def totals(
     classes = torch.arange(C, device=device)
     sums = torch.zeros(2 + L + 2 * C, R, dtype=torch.double, device=device)
     for batch in task.fixed(split, n_samples, seq_len, device):
+        batch = batch.for_replicas(R)
         for i in range(0, batch.y.shape[1], portion):
-            x, y, mask, area = (
-                None if t is None else t[:, i : i + portion].expand(R, *[-1] * (t.ndim - 1)) for t in batch
-            )
+            x, y, mask, area = batch.samples(i, i + portion)
             with autocast():
                 logits, route = model(x, None, mask)
             hit, of_class = logits.argmax(-1) == y, y[..., None] == classes  # (R,B), (R,B,C)
@@ -110,16 +109,17 @@ def route_shares(
     class.  Returns (shares, row names).
     """
     R, L, K, device = model.config["n_replicas"], model.config["n_layers"], task.n_areas, model.temperature.device
-    known, counts = False, None
+    names, rows, looks = task.class_names, [], []
     for batch in task.fixed("validation", n_samples, seq_len, device):
-        known = batch.area is not None
-        rows = batch.area if known else batch.y
-        counts = torch.zeros(L, K if known else task.n_classes, K) if counts is None else counts
-        x, mask = (None if t is None else t.expand(R, *[-1] * (t.ndim - 1)) for t in (batch.x, batch.mask))
-        looks = model(x, None, mask)[1].argmax(-1).cpu()  # (R,L,B)
-        for layer in range(L):
-            counts[layer].index_put_((rows.expand(R, -1).cpu(), looks[:, layer]), torch.ones(()), accumulate=True)
-    return (counts / counts.sum(-1, keepdim=True)).numpy(), task.area_names if known else task.class_names
+        x, y, mask, area = batch.for_replicas(R)
+        names = task.class_names if area is None else task.area_names
+        rows.append(y if area is None else area)  # (R,B)
+        looks.append(model(x, None, mask)[1].argmax(-1))  # (R,L,B)
+    row, look = torch.cat(rows, 1).cpu(), torch.cat(looks, 2).cpu()
+    counts = torch.zeros(L, len(names), K)
+    for layer in range(L):
+        counts[layer].index_put_((row, look[:, layer]), torch.ones(()), accumulate=True)
+    return (counts / counts.sum(-1, keepdim=True)).numpy(), names
 
 
 def cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,11 @@ import hashlib
 import importlib.util
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +28,17 @@ SPLITS = ("train", "validation", "test")
 INTERIM_SAMPLES = 256  # of the split "interim": few validation samples, the same for all trainings, for the pruner
 SPLIT_KEYS = {"validation": 1, "test": 3}  # of the routing task's seeds; the stem was chosen on samples made from key 2
 CHUNK = 256  # samples of a fixed set drawn at once; part of what makes the set the same everywhere
+Columns = tuple[tuple[int, ...], ...] | None  # the features of each area in recordings (N,T,F); None for (N,K,T,F)
 UEA_AREAS = {"BasicMotions": ["accelerometer"] * 3 + ["gyroscope"] * 3}
+
+
+@contextmanager
+def errors_about(source: str) -> Iterator[None]:
+    """Let the message of an InputError that is raised inside begin with source."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
 
 
 class Batch(NamedTuple):
@@ -40,6 +52,24 @@ class Batch(NamedTuple):
     mask: torch.Tensor | None = None
     area: torch.Tensor | None = None
 
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """The batch with change applied to each of its tensors."""
+        optional = (None if tensor is None else change(tensor) for tensor in (self.mask, self.area))
+        return Batch(change(self.x), change(self.y), *optional)
+
+    def samples(self, start: int, stop: int) -> "Batch":
+        """The samples from number start to before stop."""
+        return self.map(lambda tensor: tensor[:, start:stop])
+
+    def for_replicas(self, n_replicas: int) -> "Batch":
+        """The samples of a batch with R = 1 for each of so many replicas."""
+        return self.map(lambda tensor: tensor.expand(n_replicas, *[-1] * (tensor.ndim - 1)))
+
+    def first_tokens(self, seq_len: int | None) -> "Batch":
+        """The batch with the first seq_len tokens of x and mask; None for all."""
+        mask = None if self.mask is None else self.mask[..., :seq_len]
+        return self._replace(x=self.x[:, :, :, :seq_len], mask=mask)
+
 
 class RoutingTask:
     """Find which area carries a signal, and say its sign (MODEL section 3).
@@ -52,9 +82,11 @@ class RoutingTask:
     classes = np.arange(2)
     class_names = ("sum below zero", "sum above zero")
     given = "routing"
-    facts: dict = {}  # noqa: RUF012 (nothing to say: every sample is drawn afresh)
+    facts: dict[str, Any] = {}  # noqa: RUF012 (nothing to say: every sample is drawn afresh)
 
-    def __init__(self, n_areas=2, n_features=64, n_tokens=128, signal=0.5, noise=0.7):
+    def __init__(
+        self, n_areas: int = 2, n_features: int = 64, n_tokens: int = 128, signal: float = 0.5, noise: float = 0.7
+    ) -> None:
         if min(n_areas, n_tokens) < 1 or n_features < 4:
             raise InputError(
                 "the routing task needs n_areas and n_tokens of at least 1 and n_features of at least 4, "
@@ -64,10 +96,10 @@ class RoutingTask:
         self.signal, self.noise = signal, noise
         self.n_biased = n_features // 4
         self.area_names = tuple(f"area {k + 1}" for k in range(n_areas))
-        self.description = dict(task="routing", n_areas=n_areas, n_features=n_features, n_tokens=n_tokens,
-                                signal=signal, noise=noise)  # fmt: skip
+        sizes = dict(n_areas=n_areas, n_features=n_features, n_tokens=n_tokens)
+        self.description: dict[str, Any] = dict(task="routing", **sizes, signal=signal, noise=noise)
         self.preparation = Preparation.unchanged(n_areas, n_features)
-        self._kept = {}
+        self._kept: dict[tuple[str, int, str | torch.device], Batch] = {}
 
     def __getstate__(self) -> dict:
         """What another process needs; it draws the validation set itself."""
@@ -77,7 +109,7 @@ class RoutingTask:
         """A fresh training batch for each replica, on the generator's device; only seq_len tokens are drawn."""
         seq_len = seq_len or self.n_tokens
         R, K, B, T, F, q = n_replicas, self.n_areas, batch_size, seq_len, self.n_features, self.n_biased
-        kw = dict(generator=generator, device=generator.device)
+        kw: dict[str, Any] = dict(generator=generator, device=generator.device)
         x = torch.randn(R, K, B, T, F, **kw).mul_(self.noise)
         area = torch.randint(0, K, (R, B), **kw)
         v = torch.randn(R, 1, B, 1, q, **kw).mul_(self.signal)
@@ -91,33 +123,33 @@ class RoutingTask:
         return Batch(x.transpose(1, 2), (total > 0).long(), None, area)
 
     def fixed(
-        self, split: str, n_samples: int, seq_len: int | None = None, device: str | torch.device = "cpu"
+        self, split: str, n_samples: int | None = None, seq_len: int | None = None, device: str | torch.device = "cpu"
     ) -> Iterator[Batch]:
-        """Yield the first n_samples of the validation or test set as batches with R = 1.
+        """Yield the first n_samples (None: 8192) of the validation or test set as batches with R = 1.
 
         split: "validation", "test", or "interim", which is the first INTERIM_SAMPLES of the validation set.
 
         Chunk i is drawn on the CPU from a seed made of the split and i, so the set is the same on every machine, for
         every n_samples and every seq_len. The validation set is kept in memory, since each trial asks for it.
         """
+        n_samples = n_samples or 8192
         if split == "interim":
             split, n_samples = "validation", min(n_samples, INTERIM_SAMPLES)
         for i in range(-(-n_samples // CHUNK)):
             batch = self._kept.get((split, i, device))
             if batch is None:
                 seed = np.random.SeedSequence([SPLIT_KEYS[split], i]).generate_state(1, np.uint64)[0]
-                batch = self.draw(1, CHUNK, torch.Generator().manual_seed(int(seed)))
-                batch = _map(batch, lambda t: t.to(device))
+                batch = self.draw(1, CHUNK, torch.Generator().manual_seed(int(seed))).map(lambda t: t.to(device))
                 if split == "validation":
                     self._kept[split, i, device] = batch
-            yield _map(_first_tokens(batch, seq_len), lambda t: t[:, : n_samples - i * CHUNK])  # noqa: B023
+            yield batch.first_tokens(seq_len).samples(0, n_samples - i * CHUNK)
 
-    def baselines(self, n_samples: int = 8192) -> dict[str, float]:
+    def baselines(self, n_samples: int | None = None) -> dict[str, float]:
         """Test accuracy of rules that are not learnt.
 
         The majority class; the sign of the sum over both areas; the ceiling: the area first, then its sign.
         """
-        hits = {"majority class": [], "linear rule": [], "ceiling": []}
+        hits: dict[str, list[torch.Tensor]] = {"majority class": [], "linear rule": [], "ceiling": []}
         for batch in self.fixed("test", n_samples):
             sums = batch.x[0, ..., : self.n_biased].sum(2)  # (B,K,q)
             found = sums.square().sum(-1).argmax(-1)
@@ -133,12 +165,11 @@ class RoutingTask:
 class Preparation(NamedTuple):
     """How raw recordings become what a network sees: features sorted by area, each one standardised.
 
-    columns: for recordings (N,T,F), the features of each area; None for recordings (N,K,T,F).
     center, scale: (K,F) float64 in the units of the recordings.  A feature whose scale is infinite is constant in the
     training samples (or fills up a smaller area), so it says nothing; it becomes 0 everywhere.
     """
 
-    columns: tuple[tuple[int, ...], ...] | None
+    columns: Columns
     center: np.ndarray
     scale: np.ndarray
 
@@ -148,7 +179,7 @@ class Preparation(NamedTuple):
         return cls(None, np.zeros((n_areas, n_features)), np.ones((n_areas, n_features)))
 
     @classmethod
-    def of(cls, x: np.ndarray, mask: np.ndarray, columns: tuple[tuple[int, ...], ...] | None) -> "Preparation":
+    def of(cls, x: np.ndarray, mask: np.ndarray, columns: Columns) -> "Preparation":
         """Learn center and scale (mean and standard deviation) from the tokens of x that mask (N,T) says exist.
 
         A feature is constant if its values differ by no more than two roundings of the largest of them.
@@ -212,86 +243,44 @@ class ArrayTask:
         source: str = "arrays",
         given: str = "",
     ) -> None:
-        def refuse(text: str) -> NoReturn:
-            raise InputError(f"{source}: {text}")
+        with errors_about(source):
+            x, mask = checked_recordings(x, lengths)
+            self.area_names, columns = _area_names(x, areas)
+            refuse_missing(x, mask, self.area_names, columns)
+            self.classes, y = _classes(y, x)
+            self.class_names = tuple(str(label) for label in self.classes.tolist())
+            groups = None if groups is None else _groups(np.asarray(groups), len(x))
+            split = _splits(split, y, groups)
+            _refuse_missing_classes(y, split, self.class_names, groups is not None)
+            copies = _copies(x, mask, split, groups is not None)
+            self.preparation, x = _standardised(x, mask, split, columns)
 
-        x, mask = checked_recordings(x, lengths, refuse)
-        y = np.asarray(y)
-        N = len(x)
-        if y.shape != (N,):
-            refuse(f"y must be ({N},) for x {x.shape}, got shape {y.shape}")
-        self.area_names, columns = _area_names(x, None if areas is None else np.asarray(areas), refuse)
-        refuse_missing(x, mask, self.area_names, columns, refuse)
-        classes, y = _classes(y, refuse)
-        self.classes, self.class_names = classes, tuple(str(label) for label in classes.tolist())
-        groups = None if groups is None else _groups(np.asarray(groups), N, refuse)
-        split = _splits(split, y, groups, refuse)
-        train = split == "train"
-        if len(set(y[train])) < len(classes):
-            absent = sorted(set(range(len(classes))) - set(y[train]))[0]
-            reason = "" if groups is None else "; its groups are whole, and too few for every split"
-            refuse(f"y: class {self.class_names[absent]!r} has no training sample{reason}")
-        for name in SPLITS[1:]:
-            if len(set(y[split == name])) == 1:
-                only = self.class_names[y[split == name][0]]
-                refuse(
-                    f"all {name} samples are of one class, {only!r}, so a score would say nothing; give another split, "
-                    "or more samples or groups of each class"
-                )
-        copies, pairs = _copies(x, mask, split)
-        for name, n in copies.items():
-            if groups is None and n > 0.01 * (split == name).sum():
-                a, b = pairs[name]
-                refuse(
-                    f"{n} of the {(split == name).sum()} {name} samples are exact copies of samples in another split, "
-                    f"the first pair is {a} ({split[a]}) and {b} ({split[b]}); a score would measure memory. Drop the "
-                    "copies, or give groups (what samples have in common), which are kept on one side"
-                )
-
-        try:
-            self.preparation = Preparation.of(x[train], mask[train], columns)
-        except OverflowError:
-            refuse("x: the values of a feature differ by more than float64 can hold")
-        x = self.preparation.apply(x, mask)
-        if not np.isfinite(x).all():
-            refuse(
-                "x: a held-out sample lies so far from the training samples that float32 cannot hold it standardised"
-            )
         self.n_areas, self.n_tokens, self.n_features = x.shape[1:]
-        self.n_classes, self.given = len(classes), given or source
+        self.n_classes, self.given = len(self.classes), given or source
         self.n_samples = {name: int((split == name).sum()) for name in SPLITS}
-        content = b"".join(array.tobytes() for array in (x, y, mask, split))
-        self.description = dict(
-            task=source, n_areas=self.n_areas, n_features=self.n_features, n_tokens=self.n_tokens,
-            n_classes=self.n_classes, n_samples=self.n_samples, sha256=hashlib.sha256(content).hexdigest(),
-        )  # fmt: skip
+        sizes = dict(n_areas=self.n_areas, n_features=self.n_features, n_tokens=self.n_tokens, n_classes=self.n_classes)
+        sha256 = hashlib.sha256(b"".join(array.tobytes() for array in (x, y, mask, split))).hexdigest()
+        self.description: dict[str, Any] = dict(task=source, **sizes, n_samples=self.n_samples, sha256=sha256)
         self.facts = _facts(self, y, split, copies, grouped=groups is not None)
-        self._parts = {}
-        for name in SPLITS:
-            part = split == name
-            tensors = (x[part].swapaxes(0, 1), y[part], None if mask.all() else mask[part])  # x: (K,N,T,F)
-            self._parts[name] = tuple(None if a is None else torch.from_numpy(np.ascontiguousarray(a)) for a in tensors)
-        x, y, mask = self._parts["validation"]
+        self._arrays = {  # of each split: x (K,N,T,F), y (N,), and mask (N,T) or None
+            name: (np.ascontiguousarray(x[part].swapaxes(0, 1)), y[part], None if mask.all() else mask[part])
+            for name, part in ((name, split == name) for name in SPLITS)
+        }
+        x, y, mask = self._arrays["validation"]
         some = np.random.default_rng(0).permutation(len(y))[:INTERIM_SAMPLES]
-        self._parts["interim"] = x[:, some], y[some], None if mask is None else mask[some]
+        self._arrays["interim"] = x[:, some], y[some], None if mask is None else mask[some]
+        self._tensors: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """Plain arrays for another process: torch would send tensors through /dev/shm, which may be small."""
-        parts = {name: self._parts[name] for name in (*SPLITS, "interim")}
-        arrays = {name: tuple(None if t is None else t.numpy() for t in part) for name, part in parts.items()}
-        return self.__dict__ | {"_parts": arrays}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        for name, part in self._parts.items():
-            self._parts[name] = tuple(None if a is None else torch.from_numpy(a) for a in part)
+        return self.__dict__ | {"_tensors": {}}
 
     def draw(self, n_replicas: int, batch_size: int, generator: torch.Generator, seq_len: int | None = None) -> Batch:
         """A training batch for each replica, drawn with replacement, on the generator's device."""
         x, y, mask = self._on("train", generator.device)
         n = torch.randint(0, len(y), (n_replicas, batch_size), generator=generator, device=generator.device)
         batch = Batch(x[:, n].permute(1, 2, 0, 3, 4), y[n], None if mask is None else mask[n])
-        return _first_tokens(batch, seq_len)
+        return batch.first_tokens(seq_len)
 
     def fixed(
         self, split: str, n_samples: int | None = None, seq_len: int | None = None, device: str | torch.device = "cpu"
@@ -307,7 +296,7 @@ class ArrayTask:
         for i in range(0, len(y), CHUNK):
             part = slice(i, i + CHUNK)
             batch = Batch(x[:, part].transpose(0, 1)[None], y[None, part], None if mask is None else mask[None, part])
-            yield _first_tokens(batch, seq_len)
+            yield batch.first_tokens(seq_len)
 
     def baselines(self) -> dict[str, float]:
         """Test accuracy without the network: the largest class, and ridge regression on each feature's mean.
@@ -330,11 +319,14 @@ class ArrayTask:
             "linear rule": float(rule.score(a_test, y_test)),
         }
 
-    def _on(self, split, device):
-        if (split, str(device)) not in self._parts:
-            moved = tuple(None if t is None else t.to(device) for t in self._parts[split])
-            self._parts[split, str(device)] = moved
-        return self._parts[split, str(device)]
+    def _on(self, split: str, device: str | torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The arrays of a split as tensors on a device, where they stay."""
+        place = (split, str(device))
+        if place not in self._tensors:
+            x, y, mask = self._arrays[split]
+            there = None if mask is None else torch.from_numpy(mask).to(device)
+            self._tensors[place] = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), there
+        return self._tensors[place]
 
 
 def load_task(name: str) -> "RoutingTask | ArrayTask":
@@ -353,19 +345,19 @@ def load_task(name: str) -> "RoutingTask | ArrayTask":
     return ArrayTask(**arrays, source=_text(Path(name).name), given=name)
 
 
-def _load_uea(given):
+def _load_uea(given: str) -> ArrayTask:
     """A UEA archive problem: one that ships with aeon, or a folder with NAME_TRAIN.ts and NAME_TEST.ts."""
     name = given.removeprefix("uea:")
     folder = Path(name)
     if not name or not os.path.isdir(folder):
         aeon = importlib.util.find_spec("aeon")  # not imported, which takes seconds
-        folder = aeon and Path(aeon.origin).parent / "datasets" / "data" / name
-    if not name or not folder or not os.path.isdir(folder):
-        missing = "" if folder else " (the first two need the aeon package: pip install 'ctbprn[uea]')"
-        raise InputError(
-            f"task {given}: expected BasicMotions, JapaneseVowels or a folder with its .ts files{missing}; a "
-            f"relative folder is looked for in {os.getcwd()}"
-        )
+        missing = "" if aeon else " (the first two need the aeon package: pip install 'ctbprn[uea]')"
+        folder = Path(aeon.origin).parent / "datasets" / "data" / name if aeon and aeon.origin else folder
+        if not name or not os.path.isdir(folder):
+            raise InputError(
+                f"task {given}: expected BasicMotions, JapaneseVowels or a folder with its .ts files{missing}; a "
+                f"relative folder is looked for in {os.getcwd()}"
+            )
     folder = folder.resolve()  # "." has no name
     paths = [folder / f"{folder.name}_{part}.ts" for part in ("TRAIN", "TEST")]
     (train, train_y), (test, test_y) = (files.ts(path) for path in paths)
@@ -391,61 +383,56 @@ def _load_uea(given):
     )
 
 
-def checked_recordings(
-    x: np.ndarray, lengths: Sequence | np.ndarray | None, refuse: Callable[[str], NoReturn]
-) -> tuple[np.ndarray, np.ndarray]:
+def checked_recordings(x: np.ndarray, lengths: Sequence | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """x as an array of numbers (N,T,F) or (N,K,T,F), and mask (N,T), True where lengths (N,) says a token exists."""
     x = np.asarray(x)
     if x.dtype.kind not in "fiu":
-        refuse(f"x must hold numbers, got dtype {x.dtype}")
+        raise InputError(f"x must hold numbers, got dtype {x.dtype}")
     if x.ndim not in (3, 4):
-        refuse(f"x must be (N,K,T,F) or (N,T,F), got shape {x.shape}")
+        raise InputError(f"x must be (N,K,T,F) or (N,T,F), got shape {x.shape}")
     if min(x.shape) < 1:
-        refuse(f"x is empty: {x.shape}")
+        raise InputError(f"x is empty: {x.shape}")
     N, T = x.shape[0], x.shape[-2]
     lengths = np.full(N, T) if lengths is None else np.asarray(lengths)
     if lengths.shape != (N,) or lengths.dtype.kind not in "iu" or lengths.min() < 1 or lengths.max() > T:
-        refuse(f"lengths must be ({N},) whole numbers in 1..{T}")
+        raise InputError(f"lengths must be ({N},) whole numbers in 1..{T}")
     if x.dtype == np.longdouble:
         with np.errstate(over="ignore"):  # what becomes infinite is refused later
             x = x.astype(np.float64)
     return x, np.arange(T) < lengths[:, None]
 
 
-def _areas(x, columns):
+def _areas(x: np.ndarray, columns: Columns) -> list[np.ndarray]:
     """The recordings of each area in turn: (N,T,f), f its features."""
     return [x[..., list(f)] for f in columns] if columns else list(x.swapaxes(0, 1))
 
 
-def _area_names(x, areas, refuse):
+def _area_names(x: np.ndarray, areas: Sequence | np.ndarray | None) -> tuple[tuple[str, ...], Columns]:
     """(names, columns): the areas in order of first appearance, and the features of each where x is (N,T,F)."""
     if x.ndim == 4:
-        areas = np.arange(1, x.shape[1] + 1) if areas is None else areas
+        areas = np.arange(1, x.shape[1] + 1) if areas is None else np.asarray(areas)
         if areas.shape != x.shape[1:2]:
-            refuse(f"areas must name the {x.shape[1]} areas of x, got shape {areas.shape}")
-        names = _names(areas, "areas", refuse)
+            raise InputError(f"areas must name the {x.shape[1]} areas of x, got shape {areas.shape}")
+        names = _names(areas, "areas")
         return names if areas.dtype.kind in "US" else tuple(f"area {name}" for name in names), None
     F = x.shape[2]
     if areas is None:
-        refuse(f"x {x.shape} is (N,T,F) and needs areas: the area of each of the {F} features")
+        raise InputError(f"x {x.shape} is (N,T,F) and needs areas: the area of each of the {F} features")
+    areas = np.asarray(areas)
     if areas.shape != (F,):
-        refuse(f"areas must name the area of each of the {F} features, got shape {areas.shape}")
-    labels = _names(areas, "areas", refuse)
-    names = tuple(dict.fromkeys(labels))
-    columns = tuple(tuple(f for f in range(F) if labels[f] == name) for name in names)
-    shape = (x.shape[0], len(names), x.shape[1], max(map(len, columns)))
+        raise InputError(f"areas must name the area of each of the {F} features, got shape {areas.shape}")
+    columns = defaultdict(list)
+    for f, name in enumerate(_names(areas, "areas")):
+        columns[name].append(f)
+    shape = (x.shape[0], len(columns), x.shape[1], max(map(len, columns.values())))
     if files.too_large(4 * math.prod(shape), 4 * x.size):
-        refuse(f"areas differ too much in size: padded to the largest, {shape[3]} features, x would be {shape}")
-    return names, columns
+        raise InputError(
+            f"areas differ too much in size: padded to the largest, {shape[3]} features, x would be {shape}"
+        )
+    return tuple(columns), tuple(map(tuple, columns.values()))
 
 
-def refuse_missing(
-    x: np.ndarray,
-    mask: np.ndarray,
-    names: Sequence[str],
-    columns: tuple[tuple[int, ...], ...] | None,
-    refuse: Callable[[str], NoReturn],
-) -> None:
+def refuse_missing(x: np.ndarray, mask: np.ndarray, names: Sequence[str], columns: Columns) -> None:
     """Refuse values that are missing or infinite, with their number and the place of the first."""
     places = []
     for k, part in enumerate(_areas(x, columns)):
@@ -453,37 +440,40 @@ def refuse_missing(
         places += [(len(found), n, k, t, f) for n, t, f in found[:1]]
     if places:
         _, n, k, t, f = min(places, key=lambda place: place[1:])
-        refuse(
+        raise InputError(
             f"x has {sum(place[0] for place in places)} missing or infinite values, the first at sample {n}, "
             f"{names[k]}, token {t}, feature {f}; fill or drop them first"
         )
 
 
-def _classes(y, refuse):
+def _classes(y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(classes, y): the labels there are, in order, and the number of each sample's."""
-    _names(y[:1], "y", refuse)
+    y = np.asarray(y)
+    if y.shape != (len(x),):
+        raise InputError(f"y must be ({len(x)},) for x {x.shape}, got shape {y.shape}")
+    _names(y[:1], "y")
     classes, y = np.unique(y, return_inverse=True)
-    names = _names(classes, "y", refuse)
+    names = _names(classes, "y")
     if len(classes) < 2:
-        refuse("y holds a single class; at least two are needed")
+        raise InputError("y holds a single class; at least two are needed")
     return np.array(names) if classes.dtype.kind == "S" else classes, y
 
 
-def _names(values, field, refuse):
+def _names(values: np.ndarray, field: str) -> tuple[str, ...]:
     """Areas, classes or groups as text."""
     if values.dtype == object:
-        refuse(f"{field} holds Python objects, as pandas makes of text; give {field}.astype(str)")
+        raise InputError(f"{field} holds Python objects, as pandas makes of text; give {field}.astype(str)")
     if values.dtype.kind not in "iuUSb":
-        refuse(f"{field} must hold whole numbers or strings, got dtype {values.dtype}")
+        raise InputError(f"{field} must hold whole numbers or strings, got dtype {values.dtype}")
     try:
         names = tuple(v.decode() if isinstance(v, bytes) else str(v) for v in values.tolist())
         "".join(names).encode()  # numpy also holds code points that are no text
     except (ValueError, SystemError):  # the latter for code points beyond the last
-        refuse(f"{field} must hold whole numbers or strings, got something that is no text")
+        raise InputError(f"{field} must hold whole numbers or strings, got something that is no text") from None
     return names
 
 
-def _text(name):
+def _text(name: str) -> str:
     """The name of a file or folder that goes into the record of a study."""
     try:
         name.encode()
@@ -492,14 +482,14 @@ def _text(name):
     return name
 
 
-def _groups(groups, n_samples, refuse):
+def _groups(groups: np.ndarray, n_samples: int) -> np.ndarray:
     """(N,) group names as text."""
     if groups.shape != (n_samples,):
-        refuse(f"groups must be ({n_samples},), the group of each sample, got shape {groups.shape}")
-    return np.array(_names(groups, "groups", refuse))
+        raise InputError(f"groups must be ({n_samples},), the group of each sample, got shape {groups.shape}")
+    return np.array(_names(groups, "groups"))
 
 
-def _splits(split, y, groups, refuse):
+def _splits(split: Sequence | np.ndarray | None, y: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
     """(N,) of split names, completed by a draw, stratified by class, that depends on labels and groups alone."""
     if split is None:
         split = np.full(len(y), "train", dtype="U10")
@@ -507,30 +497,31 @@ def _splits(split, y, groups, refuse):
     else:
         split = np.asarray(split)
         if split.shape != y.shape or split.dtype.kind != "U" or not np.isin(split, SPLITS).all():
-            refuse(f"split must be ({len(y)},) of {', '.join(SPLITS)}")
+            raise InputError(f"split must be ({len(y)},) of {', '.join(SPLITS)}")
         split = split.astype("U10")
         plan = {} if (split == "validation").any() else {"validation": 1 / 3}
         for group in () if groups is None else np.unique(groups):
             sides = [name for name in SPLITS if (split[groups == group] == name).any()]
             if len(sides) > 1:
-                refuse(f"group {str(group)!r} has samples in {' and in '.join(sides)}; a group belongs on one side")
+                raise InputError(
+                    f"group {str(group)!r} has samples in {' and in '.join(sides)}; a group belongs on one side"
+                )
     free = np.flatnonzero(split == "train")
     if plan and groups is not None:
-        split[free] = _split_groups(y[free], groups[free], plan, refuse)
+        split[free] = _split_groups(y[free], groups[free], plan)
     elif plan:
         rng = np.random.default_rng(0)
-        per_class = [rng.permutation(free[y[free] == c]) for c in np.unique(y)]
-        for name, share in plan.items():
-            for members in per_class:
-                left = [n for n in members if split[n] == "train"]
-                split[left[: round(share * len(members))]] = name
+        for c in np.unique(y):
+            left = rng.permutation(free[y[free] == c])
+            for name, n in [(name, round(share * len(left))) for name, share in plan.items()]:
+                split[left[:n]], left = name, left[n:]
     for name in SPLITS:
         if not (split == name).any():
-            refuse(f"no sample is left for {name}; give more samples or a split that has some")
+            raise InputError(f"no sample is left for {name}; give more samples or a split that has some")
     return split
 
 
-def _split_groups(y, groups, plan, refuse):
+def _split_groups(y: np.ndarray, groups: np.ndarray, plan: dict[str, float]) -> np.ndarray:
     """(N,) of split names: whole groups, the largest first, each where it is needed most.
 
     That is where it brings classes that a split lacks, else where the classes then fit their shares best.
@@ -540,47 +531,88 @@ def _split_groups(y, groups, plan, refuse):
     names, members = np.unique(groups, return_inverse=True)
     shares = {"train": 1 - sum(plan.values())} | plan
     if len(names) < len(shares):
-        refuse(f"groups: {len(names)} cannot be divided among {', '.join(shares)}; give more groups, or a split")
+        raise InputError(
+            f"groups: {len(names)} cannot be divided among {', '.join(shares)}; give more groups, or a split"
+        )
     counts = np.zeros((len(names), y.max() + 1))  # samples of each class in each group
     np.add.at(counts, (members, y), 1)
     totals = np.maximum(counts.sum(0), 1)
-    wanted = np.array(list(shares.values()))[:, None] * np.ones(len(totals))
-    have = np.zeros_like(wanted)  # share of each class that each split has so far
+    wanted = np.array(list(shares.values()))[:, None]
+    have = np.zeros((len(shares), len(totals)))  # share of each class that each split has so far
     order = np.random.default_rng(0).permutation(len(names))
     order = order[np.argsort(-counts[order].sum(1), kind="stable")]
     side = np.zeros(len(names), int)
     for place, group in enumerate(order):
-        added = counts[group] / totals
-        cost = []
-        for s in range(len(wanted)):
-            then = have.copy()
-            then[s] += added
-            # a class that a split lacks counts most, then the shares, then how full a split is
-            cost.append(((then == 0).sum(), round(((then - wanted) ** 2).sum(), 9), have[s].sum()))
         empty = np.flatnonzero(have.sum(1) == 0)
-        must = len(empty) == len(order) - place  # each group that is left is needed by a split that has none
-        side[group] = empty[0] if must else min(range(len(cost)), key=cost.__getitem__)
-        have[side[group]] += added
+        if len(empty) == len(order) - place:  # each group that is left is needed by a split that has none
+            side[group] = empty[0]
+        else:
+            then = have + np.eye(len(shares))[..., None] * (counts[group] / totals)  # row s: if the group goes to s
+            misfit = ((then - wanted) ** 2).sum((1, 2)).round(9)
+            # a class that a split lacks counts most, then the shares, then how full a split is
+            side[group] = np.lexsort((have.sum(1), misfit, (then == 0).sum((1, 2))))[0]
+        have[side[group]] += counts[group] / totals
     return np.array(list(shares), dtype="U10")[side[members]]
 
 
-def _copies(x, mask, split):
-    """({split: its samples that are exact copies of a sample in another split}, {split: the first such pair})."""
-    same = {}
+def _refuse_missing_classes(y: np.ndarray, split: np.ndarray, class_names: Sequence[str], grouped: bool) -> None:
+    """Refuse a class that no training sample has, and a held-out set of a single class."""
+    absent = np.setdiff1d(np.arange(len(class_names)), y[split == "train"])
+    if len(absent):
+        reason = "; its groups are whole, and too few for every split" if grouped else ""
+        raise InputError(f"y: class {class_names[absent[0]]!r} has no training sample{reason}")
+    for name in SPLITS[1:]:
+        present = np.unique(y[split == name])
+        if len(present) == 1:
+            raise InputError(
+                f"all {name} samples are of one class, {class_names[present[0]]!r}, so a score would say nothing; give "
+                "another split, or more samples or groups of each class"
+            )
+
+
+def _copies(x: np.ndarray, mask: np.ndarray, split: np.ndarray, grouped: bool) -> dict[str, int]:
+    """{split: its samples that are exact copies of a sample in another split}; refuses many, unless grouped."""
+    same = defaultdict(list)  # samples by their content
     for n, length in enumerate(mask.sum(1)):
         tokens = np.ascontiguousarray(x[n, ..., :length, :]) + 0  # and -0.0 becomes 0.0
-        same.setdefault(hashlib.blake2b(tokens.tobytes()).digest(), []).append(n)
-    counts, pairs = dict.fromkeys(SPLITS, 0), {}
+        same[hashlib.blake2b(tokens.tobytes()).digest()].append(n)
+    twins, counts = {}, {}
     for samples in same.values():
         for n in samples:
-            twin = next((m for m in samples if split[m] != split[n]), None)
-            if twin is not None:
-                counts[split[n]] += 1
-                pairs[split[n]] = min(pairs.get(split[n], (n, twin)), (n, twin))
-    return counts, pairs
+            other = next((m for m in samples if split[m] != split[n]), None)
+            if other is not None:
+                twins[n] = other
+    for name in SPLITS:
+        copies = sorted(n for n in twins if split[n] == name)
+        counts[name], size = len(copies), (split == name).sum()
+        if not grouped and len(copies) > 0.01 * size:
+            a, b = copies[0], twins[copies[0]]
+            raise InputError(
+                f"{len(copies)} of the {size} {name} samples are exact copies of samples in another split, the first "
+                f"pair is {a} ({split[a]}) and {b} ({split[b]}); a score would measure memory. Drop the copies, or "
+                "give groups (what samples have in common), which are kept on one side"
+            )
+    return counts
 
 
-def _facts(task, y, split, copies, grouped):
+def _standardised(
+    x: np.ndarray, mask: np.ndarray, split: np.ndarray, columns: Columns
+) -> tuple[Preparation, np.ndarray]:
+    """The preparation that the training samples need, and all samples (N,K,T,F) prepared with it."""
+    train = split == "train"
+    try:
+        preparation = Preparation.of(x[train], mask[train], columns)
+    except OverflowError:
+        raise InputError("x: the values of a feature differ by more than float64 can hold") from None
+    x = preparation.apply(x, mask)
+    if not np.isfinite(x).all():
+        raise InputError(
+            "x: a held-out sample lies so far from the training samples that float32 cannot hold it standardised"
+        )
+    return preparation, x
+
+
+def _facts(task: ArrayTask, y: np.ndarray, split: np.ndarray, copies: dict[str, int], grouped: bool) -> dict[str, Any]:
     """What a reader of a score should know about the samples, as plain values for the record of a study.
 
     given: the name under which the task was loaded; copies: samples of each split that stand in another one too;
@@ -591,18 +623,6 @@ def _facts(task, y, split, copies, grouped):
     absent = {name: [task.class_names[c] for c in np.flatnonzero(counts[name] == 0)] for name in SPLITS[1:]}
     real = [len(f) for f in task.preparation.columns] if task.preparation.columns else [task.n_features] * task.n_areas
     constant = sum(int(np.isinf(scale[:f]).sum()) for scale, f in zip(task.preparation.scale, real, strict=True))
-    return dict(
-        given=task.given, copies=copies, grouped=grouped, untested=absent, tested=int((counts["test"] > 0).sum()),
-        largest_share=float(np.bincount(y).max() / len(y)), constant=constant, n_features=sum(real),
-    )  # fmt: skip
-
-
-def _first_tokens(batch, seq_len):
-    if seq_len is None or seq_len >= batch.x.shape[3]:
-        return batch
-    mask = None if batch.mask is None else batch.mask[..., :seq_len]
-    return batch._replace(x=batch.x[:, :, :, :seq_len], mask=mask)
-
-
-def _map(batch, change):
-    return Batch(*(None if t is None else change(t) for t in batch))
+    facts = dict(given=task.given, copies=copies, grouped=grouped, untested=absent)
+    facts |= dict(tested=int((counts["test"] > 0).sum()), largest_share=float(np.bincount(y).max() / len(y)))
+    return facts | dict(constant=constant, n_features=sum(real))

@@ -14,7 +14,6 @@ import shutil
 import signal
 import time
 import zipfile
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +27,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from test_report import made, made_up
+from test_report import made_up
 
 from ctbprn_lib import InputError, checkpoint, files, report, search, tasks
 from ctbprn_lib.audit import original, simulate
@@ -52,7 +51,7 @@ class Hang(BaseException):
 
 
 def outcome(path, read):
-    """Call read and say "read" or "refused"; anything else, a minute of waiting or much memory fails the test."""
+    """Call read and return "read" or the text of its refusal; another error or twenty seconds of waiting fail."""
 
     def stop(*_):
         raise Hang
@@ -65,7 +64,7 @@ def outcome(path, read):
         said = str(error)
         assert Path(path).name[:50] in said and len(said) < 2100
         assert all(c.isprintable() or c == "\n" for c in said)
-        return "refused"
+        return said
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, old)
@@ -102,13 +101,13 @@ def damaged(whole, n):
         yield bytes(one)
 
 
-def outcomes(path, contents, read):
-    """How many of these contents of the file path are "read" and how many are "refused"."""
-    seen = Counter()
+def refusals(path, contents, read):
+    """How many of these contents of the file path are refused."""
+    n = 0
     for content in contents:
         path.write_bytes(content)
-        seen[outcome(path, read)] += 1
-    return seen
+        n += outcome(path, read) != "read"
+    return n
 
 
 def use(task):
@@ -164,17 +163,16 @@ def load(path):
 def test_damaged_npz(tmp_path, save):
     path = tmp_path / "damaged.npz"
     save(path, **plain())
-    seen = outcomes(path, damaged(path.read_bytes(), 90), lambda: use(tasks.load_task(str(path))))
-    assert seen["refused"] > 60 and seen.total() == 90
+    assert load(path) == "read"
+    assert refusals(path, damaged(path.read_bytes(), 90), lambda: use(tasks.load_task(str(path)))) > 60
 
 
 def test_damaged_arrays_in_a_whole_npz(tmp_path):
     """With the right checksum, so that numpy's reader meets the damage."""
-    path, seen = tmp_path / "damaged.npz", Counter()
-    for name in ("x", "y", "areas"):
-        for content in damaged(npy(plain()[name]), 40):
-            seen[load(archive(path, plain() | {name: content}))] += 1
-    assert seen["refused"] > 50 and seen["read"] > 5 and seen.total() == 120
+    path, arrays = tmp_path / "damaged.npz", plain()
+    members = [arrays | {name: content} for name in arrays for content in damaged(npy(arrays[name]), 40)]
+    refused = sum(load(archive(path, one)) != "read" for one in members)
+    assert 50 < refused < len(members) - 5
 
 
 def unusual():
@@ -217,6 +215,8 @@ def unusual():
     yield {"x": x[:, 0]}, r"x must be \(N,K,T,F\)"
     yield {"y": np.arange(30.0)}, "y must hold whole numbers or strings"
     yield {"y": np.zeros((30, 1), int)}, "y must be"
+    yield {"y": np.zeros(30, int)}, "single class"
+    yield {"extra": x}, "expected the arrays x, y .* got .*extra"
     yield {"y": np.arange(30)}, "no sample is left"
     yield {"y": header("(30,)", "'<U1'", b"\xff\xff\xff\x7f" * 15 + b"a\0\0\0" * 15)}, "y must hold .* no text"
     yield {"y": header("(30,)", "'<U1'", b"\x00\xd8\0\0" * 15 + b"a\0\0\0" * 15)}, "y must hold .* no text"
@@ -235,22 +235,18 @@ def unusual():
 @pytest.mark.parametrize(("change", "said"), list(unusual()))
 def test_arrays_that_no_task_can_be_made_of(tmp_path, change, said):
     path = archive(tmp_path / "odd.npz", plain() | change)
-    with pytest.raises(InputError, match=rf"odd.npz: .*{said}"):
-        tasks.load_task(str(path))
-    assert load(path) == "refused"
+    assert re.search(rf"odd.npz: .*{said}", load(path))
 
 
 def test_a_pickle_is_never_read(tmp_path):
-    path, marker = tmp_path / "code.npz", tmp_path / "ran"
+    path, network, marker = tmp_path / "code.npz", tmp_path / "code.safetensors", tmp_path / "ran"
     objects = np.array([Code(marker)], dtype=object)
-    for content in (npy(objects, allow_pickle=True), pickle.dumps(Code(marker)), header("(1,)", "'O'")):
-        assert load(archive(path, plain() | {"x": content})) == "refused"
-        path.write_bytes(content)
-        assert load(path) == "refused"
-        path.with_suffix(".safetensors").write_bytes(content)
-        assert outcome(path.with_suffix(""), lambda: CTBPRN.load(path.with_suffix(".safetensors"))) == "refused"
-    torch.save({"a": Code(marker)}, path.with_suffix(".safetensors"))
-    assert outcome(path.with_suffix(""), lambda: CTBPRN.load(path.with_suffix(".safetensors"))) == "refused"
+    contents = [npy(objects, allow_pickle=True), pickle.dumps(Code(marker)), header("(1,)", "'O'")]
+    assert all(load(archive(path, plain() | {"x": content})) != "read" for content in contents)
+    torch.save({"a": Code(marker)}, network)
+    contents.append(network.read_bytes())
+    assert refusals(path, contents, lambda: tasks.load_task(str(path))) == len(contents)
+    assert refusals(network, contents, lambda: CTBPRN.load(network)) == len(contents)
     assert not marker.exists()
     pickle.loads(pickle.dumps(Code(marker)))
     assert marker.exists()
@@ -288,13 +284,13 @@ def test_archives_that_zipfile_will_not_open(tmp_path):
         content = bytearray(whole)
         content[local + at : local + at + 2] = content[central + at + 2 : central + at + 4] = change
         path.write_bytes(content)
-        assert load(path) == "refused"
+        assert load(path) != "read"
     with zipfile.ZipFile(path, "w") as file:
         for name in ("x", "x", "y", "areas"):
             file.writestr(f"{name}.npy", npy(plain()[name]))
-    assert load(path) == "refused"
+    assert load(path) != "read"
     path.write_bytes(npy(plain()["x"]))
-    assert load(path) == "refused"
+    assert load(path) != "read"
 
 
 @FUZZ
@@ -336,23 +332,19 @@ def load_ts(folder):
 def test_damaged_ts(motions):
     folder, texts = motions
     assert load_ts(folder) == "read"
-    seen = Counter()
+    refused = 0
     for content in damaged(texts["TRAIN"].encode(), 90):
         (folder / "Moves_TRAIN.ts").write_bytes(content)
-        seen[load_ts(folder)] += 1
-    assert seen["refused"] > 30 and seen.total() == 90
+        refused += load_ts(folder) != "read"
+    assert refused > 30
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda t: t.split("@data")[0], "the last of them @data"),
-        (lambda t: t.replace("@classLabel true", "@classLabel false"), "expected a line .@classLabel true"),
-        (lambda t: t.replace("@classLabel true", "@targetlabel true\n@classLabel true"), "regression"),
         (lambda t: t.replace("@timeStamps false", "@timeStamps yes"), "@timestamps must be true or false"),
-        (lambda t: t.replace("@timeStamps false", "@timeStamps true"), "it has time stamps"),
         (lambda t: t.rstrip()[:-3], "the class 'Badmin', which @classLabel does not name"),
-        (lambda t: t.replace("Standing Running", "Standing Walking"), "which @classLabel does not name"),
         (lambda t: t.replace(":", ",", 40), "channels, where the first|not a readable .ts|equal length"),
         (
             lambda t: t.split("@data")[0] + "@data\n" + "1," * 9000 + "1" + ":1" * 9000 + ":standing\n",
@@ -367,8 +359,7 @@ def test_damaged_ts(motions):
 def test_ts_files_that_lie(motions, change, said):
     folder, texts = motions
     (folder / "Moves_TRAIN.ts").write_text(change(texts["TRAIN"]))
-    with pytest.raises(InputError, match=rf"Moves.*({said})"):
-        tasks.load_task(f"uea:{folder}")
+    assert re.search(rf"Moves.*({said})", load_ts(folder))
 
 
 def test_ts_parts_that_do_not_fit_each_other(motions):
@@ -400,7 +391,7 @@ def test_names_of_files_that_are_none(tmp_path):
             lambda path=path: CTBPRN.load(path),
             lambda path=path: files.table(path),
         ):
-            assert outcome("", read) == "refused"
+            assert outcome("", read) != "read"
 
 
 # ---- YAML
@@ -444,21 +435,15 @@ def load_yaml(path, content):
 )  # fmt: skip
 def test_yaml_that_would_run_expand_or_overflow(tmp_path, monkeypatch, text, said):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "space.yaml"
     started = time.perf_counter()
-    assert load_yaml(path, text) == "refused"
-    assert time.perf_counter() - started < 10
-    with pytest.raises(InputError, match=rf"space.yaml: .*({said})"):
-        search.load_space(path, tasks.RoutingTask())
-    assert not (tmp_path / "ran").exists()
+    assert re.search(rf"space.yaml: .*({said})", load_yaml(tmp_path / "space.yaml", text))
+    assert time.perf_counter() - started < 10 and not (tmp_path / "ran").exists()
 
 
 def test_damaged_yaml(tmp_path):
-    path, seen = tmp_path / "space.yaml", Counter()
     whole = yaml.safe_dump(search.default_space(tasks.RoutingTask()) | {"n_layers": [1, 2]}).encode()
-    for content in damaged(whole, 120):
-        seen[load_yaml(path, content)] += 1
-    assert seen["refused"] > 30 and seen["read"] > 5 and seen.total() == 120
+    seen = [load_yaml(tmp_path / "space.yaml", content) for content in damaged(whole, 120)]
+    assert 5 < seen.count("read") < 90
 
 
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates()
@@ -494,43 +479,39 @@ READERS = {
 }
 
 
+OTHER_CSV = [
+    b"", b"\n", b"\x00", b"\xff\xfe", b'"', b"claim\n", b"a,a\n1,2\n", b"a,b\n1\n", b"x" * 200_000,
+    b"role,base,factor,level,test_accuracy\nr,,,,1e400\n", b"test_accuracy,test_ce\n2,1\n0.5,1\n",
+    b"test_accuracy,test_ce\n0.5,-1\n0.5,1\n", b"test_accuracy,test_ce\n0.5,=cmd|' /C calc'!A0\n",
+    b"test_accuracy,test_ce\n0.5,1,1\n0.5,1,1\n", b"test_accuracy,test_ce\n0.5,1\n",
+    b"role,base,factor,level,test_accuracy\nr,,,,0.5\n",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", READERS)
-def test_damaged_csv(tables, name):
+def test_csv_that_is_damaged_or_something_else(tables, name):
     path = tables / name
     whole = path.read_bytes()
     assert outcome(path, lambda: READERS[name](path)) == "read"
     part = whole if "claims" in name else whole[: whole.index(b"\n", 6000)]
-    seen = outcomes(path, damaged(part, 90), lambda: READERS[name](path))
-    assert seen["refused"] > 15 and seen.total() == 90
+    assert refusals(path, damaged(part, 90), lambda: READERS[name](path)) > 15
+    assert refusals(path, OTHER_CSV, lambda: READERS[name](path)) == len(OTHER_CSV)
 
 
-@pytest.mark.parametrize("name", READERS)
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"\n", b"\x00", b"\xff\xfe", b'"', b"claim\n", b"a,a\n1,2\n", b"a,b\n1\n", b"x" * 200_000,
-     b"role,base,factor,level,test_accuracy\nr,,,,1e400\n", b"test_accuracy,test_ce\n2,1\n0.5,1\n",
-     b"test_accuracy,test_ce\n0.5,-1\n0.5,1\n", b"test_accuracy,test_ce\n0.5,=cmd|' /C calc'!A0\n",
-     b"test_accuracy,test_ce\n0.5,1\n", b"role,base,factor,level,test_accuracy\nr,,,,0.5\n"],
-)  # fmt: skip
-def test_csv_of_something_else(tables, name, content):
-    (tables / name).write_bytes(content)
-    assert outcome(tables / name, lambda: READERS[name](tables / name)) == "refused"
-
-
-def test_a_damaged_or_half_written_table_is_made_again(tmp_path):
+def test_a_table_is_made_once_for_its_settings_and_again_where_it_is_damaged(tmp_path):
     path, made = tmp_path / "kept.csv", pd.DataFrame({"seed": [0, 1], "score": [0.1 + 0.2, 1e-9]})
     calls = []
 
-    def run():
+    def make():
         calls.append(1)
         return made
 
-    for _ in range(2):
-        pd.testing.assert_frame_equal(original.read_or_make(path, run, trial=2), made)
-    assert len(calls) == 1
+    for trial, n_calls in ((1, 1), (2, 2), (2, 2)):
+        pd.testing.assert_frame_equal(original.read_or_make(path, make, trial=trial), made, check_exact=True)
+        assert len(calls) == n_calls
     for content in damaged(path.read_bytes(), 60):
         path.write_bytes(content)
-        pd.testing.assert_frame_equal(original.read_or_make(path, run, trial=2), made)
+        pd.testing.assert_frame_equal(original.read_or_make(path, make, trial=2), made)
     assert len(calls) > 50 and [p.name for p in tmp_path.iterdir()] == ["kept.csv"]
 
 
@@ -543,8 +524,7 @@ def test_damaged_models(tmp_path):
     whole = path.read_bytes()
     end = 8 + int.from_bytes(whole[:8], "little")
     contents = [*damaged(whole, 60), *(header + whole[end:] for header in damaged(whole[:end], 60))]
-    seen = outcomes(path, contents, lambda: CTBPRN.load(path))
-    assert seen["refused"] > 110 and seen.total() == 120
+    assert refusals(path, contents, lambda: CTBPRN.load(path)) > 110
 
 
 def signed(path, change=None, **config):
@@ -664,12 +644,10 @@ class Page(html.parser.HTMLParser):
 
 
 def test_a_hostile_name_changes_nothing_but_the_text_of_a_report(reports):
-    study, shown = made(reports, 3), {}
-    for name in ("plain", *NASTY):
-        asked = study.user_attrs["fingerprint"]
-        study.set_user_attr("fingerprint", asked | {"task": asked["task"] | {"task": f"{name}.npz"}})
-        r = report.load("made")
-        pieces = [report.render(r, section) for section in ("summary", "measured", "reproduce")]
+    shown = []
+    for name in ("plain", " ".join(NASTY)):
+        unconfirmed = made_up(name)[0]
+        pieces = [report.render(unconfirmed, section) for section in ("summary", "measured", "reproduce")]
         output = {"text/markdown": "\n\n".join(pieces)}
         cells = [new_markdown_cell("# Title"), new_code_cell(outputs=[new_output("display_data", output)])]
         nbformat.write(new_notebook(cells=cells), reports / "n.ipynb")
@@ -677,5 +655,5 @@ def test_a_hostile_name_changes_nothing_but_the_text_of_a_report(reports):
         page = Page((folder / "report.html").read_text())
         lines = (folder / "report.md").read_text().split("\n")
         assert files.printable(name) in page.text and all(line.isprintable() for line in lines)
-        shown[name] = page.elements, len(lines)
-        assert shown[name] == shown["plain"]
+        shown.append((page.elements, len(lines)))
+    assert shown[0] == shown[1]

