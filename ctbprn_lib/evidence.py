@@ -417,9 +417,8 @@ class Look(NamedTuple):
     def interval(self, n_contrasts: int = 1) -> tuple[float, float]:
         """The interval (low, high) of the difference. It stays valid whichever look was the last.
 
-        Its level is 1 - LEVEL * weight / n_contrasts, so that the intervals of all looks of a question of n_contrasts
-        hold together in at least 95 % of cases. That is for each question; all questions of a report together are not
-        covered by it.
+        Its level is 1 - LEVEL * weight / n_contrasts. So the intervals of all looks of a question with n_contrasts hold
+        together in at least 95 % of cases. This is for each question alone, not for all of a report together.
         """
         half = stdtrit(self.df, 1 - LEVEL * self.weight / n_contrasts / 2) * self.sd / math.sqrt(self.n)
         return float(max(self.effect - half, -1)), float(min(self.effect + half, 1))
@@ -430,9 +429,9 @@ def t_tests(
 ) -> tuple[np.ndarray, ...]:
     """The fields effect, sd, df, p_zero, p_below and p_above of a Look, each of shape (...).
 
-    a, b: (..., n) scores of the same seeds. resolution: the smallest step of a score (1 / test samples). sd is never
-    taken to be smaller, so that scores which all seeds share can be told apart, or called the same, as far as the test
-    samples go. Where neither is above 0, sd is infinite: nothing is known.
+    a, b: (..., n) scores of the same seeds. resolution: the smallest step of a score (1 / test samples). sd is taken to
+    be at least this, so that scores on which all seeds agree can be compared. Where both are 0, sd is infinite: then
+    nothing is shown.
     Source: Student (1908) for pairs, else Welch (1947); p_below and p_above as in Schuirmann (1987).
     """
     n = a.shape[-1]
@@ -481,16 +480,19 @@ Looks = Sequence[Sequence[Look]]  # of one question: those taken of each of its 
 
 
 def look_at(
-    question: Question, scores: Mapping[str, ArrayLike], schedule: Schedule, resolution: float = 0.0
-) -> tuple[tuple[Look, ...], ...]:
-    """The looks that have been taken of each contrast of a question.
+    plan: Plan, scores: Mapping[str, Mapping[str, ArrayLike]], resolution: float = 0.0
+) -> dict[str, tuple[tuple[Look, ...], ...]]:
+    """{question: all looks that the scores allow of each of its contrasts}.
 
-    scores: {configuration: (R,) its values of question.score}; one that has not been trained may be missing.
+    scores: {score: {configuration: (R,) in the order of the seeds}}, for the score of each question. A configuration
+    that has not been trained may be missing.
     """
-    return tuple(
-        take_looks(scores.get(c.a, ()), scores.get(c.b, ()), c.paired, question.margin, schedule, resolution)
-        for c in question.contrasts
-    )
+    looks = {}
+    for question in plan.questions:
+        of = scores[question.score]
+        pairs = [(of.get(contrast.a, ()), of.get(contrast.b, ()), contrast.paired) for contrast in question.contrasts]
+        looks[question.name] = tuple(take_looks(*pair, question.margin, plan.schedule, resolution) for pair in pairs)
+    return looks
 
 
 class PValues(NamedTuple):
@@ -566,6 +568,11 @@ def answer(question: Question, looks: Looks, n_questions: int) -> Answer:
             verdict, p_value = name, value
             break
     return Answer(verdict, min(1.0, n_questions * p_value), at_most, latest)
+
+
+def answers(plan: Plan, looks: Mapping[str, Looks]) -> dict[str, Answer]:
+    """{question: its answer}.  looks: as look_at returns them."""
+    return {q.name: answer(q, looks[q.name], len(plan.questions)) for q in plan.questions}
 
 
 class Purchase(NamedTuple):
@@ -657,23 +664,19 @@ def _ways_to_decide(question: Question, looks: Looks, plan: Plan) -> list[Needs]
     if untested:
         return [untested]
 
-    def seeds_to_show(null: str, gap: float, level: float, taken: Sequence[Look]) -> float:
-        return _seeds_to_show(null, gap, level, taken, plan.schedule)
-
-    k, margin = len(pairs), question.margin
+    k, margin, schedule = len(pairs), question.margin, plan.schedule
     not_worse: Needs = {}
     same: Needs = {}
     better: Needs = {}
     worse: Needs = {}
     for contrast, taken in pairs:
-        effect = taken[-1].effect
-        not_worse[contrast] = seeds_to_show("p_below", margin + effect, plan.level, taken)
-        level = plan.level * (k + 1) / (2 * k)
-        gaps = {"p_below": margin + effect, "p_above": margin - effect}
-        same[contrast] = max(seeds_to_show(null, gap, level, taken) for null, gap in gaps.items())
-        if effect:
-            side = better if effect > 0 else worse
-            side[contrast] = seeds_to_show("p_zero", abs(effect), plan.level / k, taken)
+        not_worse[contrast] = _seeds_to_show(taken, "p_below", margin, plan.level, schedule)
+        same[contrast] = max(
+            _seeds_to_show(taken, null, margin, plan.level * (k + 1) / (2 * k), schedule)
+            for null in ("p_below", "p_above")
+        )
+        side = better if taken[-1].effect > 0 else worse
+        side[contrast] = _seeds_to_show(taken, "p_zero", margin, plan.level / k, schedule)
     ways = [same]
     if better:
         nearest = min(better, key=lambda contrast: better[contrast])
@@ -685,26 +688,23 @@ def _ways_to_decide(question: Question, looks: Looks, plan: Plan) -> list[Needs]
     return [way for way in needs if way]
 
 
-def _seeds_to_show(null: str, gap: float, level: float, taken: Sequence[Look], schedule: Schedule) -> float:
+def _seeds_to_show(taken: Sequence[Look], null: str, margin: float, level: float, schedule: Schedule) -> float:
     """The schedule's first look that is predicted to reject a null at this level, 0 if one of those taken did.
 
-    null: the field of Look with its p-value. gap: the distance of the latest effect from it, above 0 if it can be
-    rejected. Returns the predicted seeds, more than the last look's, if no look will do.
+    null: the field of Look with its p-value. Returns the predicted seeds, more than the last look's, if no look is
+    predicted to do.
     """
-    latest = taken[-1]
-    if null == "p_zero":  # it is two-sided, and is to be rejected on the side where the latest effect lies
-        taken = [look for look in taken if look.effect * latest.effect > 0]
-        level = level / 2
-        shown = min(look.p_zero / look.weight for look in taken) / 2 <= level
-    else:
-        shown = min(getattr(look, null) / look.weight for look in taken) <= level
-    if shown:
+    latest, one_sided = taken[-1], level
+    gap = {"p_below": margin + latest.effect, "p_above": margin - latest.effect, "p_zero": abs(latest.effect)}[null]
+    if null == "p_zero":  # the test has two sides, of which the one where the effect lies is to be shown
+        taken, one_sided = [look for look in taken if look.effect * latest.effect >= 0], level / 2
+    if min(getattr(look, null) / look.weight for look in taken) <= level:
         return 0
     if gap <= 0:
         return math.inf
     n = math.inf
     for look, weight in zip(schedule.looks, schedule.weights, strict=True):
-        n = predicted_seeds(latest.sd, gap, level * weight)
+        n = predicted_seeds(latest.sd, gap, one_sided * weight)
         if look > latest.n and n <= look:
             return look
     return max(n, schedule.looks[-1] + 1)

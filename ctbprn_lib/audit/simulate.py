@@ -9,8 +9,19 @@ import numpy as np
 import pandas as pd
 
 from ctbprn_lib import InputError, evidence, files
-from ctbprn_lib.evidence import BETTER, LEVEL, MARGIN, REFUTED, SAME, SUPPORTED, WORSE
-from ctbprn_lib.evidence import Answer, Contrast, Look, Plan, Question, Schedule
+from ctbprn_lib.evidence import (
+    BETTER,
+    MARGIN,
+    REFUTED,
+    SAME,
+    SUPPORTED,
+    WORSE,
+    Contrast,
+    Look,
+    Plan,
+    Question,
+    Schedule,
+)
 from ctbprn_lib.report.comparisons import BEST, CLAIMS, TRIAL_2
 from ctbprn_lib.train import TABLE, Hyperparameters
 
@@ -95,7 +106,7 @@ class Study:
 
     names: (C,) configurations. accuracy: (C,) the mean of each. deviations: (C, S) of log(error) from its mean, for
     each of S seeds. groups: (C,) equal where equal seeds make pairs. seconds: {configuration: of training a seed}.
-    levels, claims: the questions that the study can answer. quotes: claims of the original that each of claims decides.
+    levels, claims: the questions that the study can answer; claims says how often the original makes each.
     plan: these questions and those that the study cannot answer, which count but are never asked.
     """
 
@@ -105,8 +116,7 @@ class Study:
     groups: list[tuple]
     seconds: dict[str, float]
     levels: list[Question]
-    claims: list[Question]
-    quotes: list[int]
+    claims: dict[Question, int]
     plan: Plan
 
     def differences(self, question: Question, accuracy: np.ndarray) -> np.ndarray:
@@ -132,8 +142,8 @@ class Study:
 def measured(path: Path) -> Study:
     """The Study of a confirmed.csv.
 
-    Raises InputError for a file that cannot be read, or without a confirmed trial of the search, published trial 2, the
-    defaults, and an ablation of one of them.
+    Raises InputError for a file that cannot be read or lacks what the questions are about: a trial of the search,
+    published trial 2, the defaults, and an ablation of one of them, each with the accuracies of at least two seeds.
     """
     text = ["role", "base", "factor"]
     numbers = ["level", *TABLE, "n_steps", "seed", "train_seconds"]
@@ -141,11 +151,10 @@ def measured(path: Path) -> Study:
     roles = table[table["role"] != ""].groupby("role", sort=False)
     means = roles["test_accuracy"].mean()
     trials = means[means.index.str.startswith("trial ")]
-    bases = [base for base in dict.fromkeys(table["base"]) if base in means]
-    if trials.empty or not bases or not {TRIAL_2, "defaults"} <= set(means.index):
-        raise InputError(f"{path}: expected a trial, {TRIAL_2}, defaults and an ablation among the confirmed")
+    moved = table["factor"].str.removesuffix(EQUAL_SAMPLES).isin(numbers) & table["base"].isin(means.index)
+    table = table[moved | (table["role"] != "")]
     rows: dict[str, pd.DataFrame] = {}  # of each configuration
-    found: dict[tuple[str, str, float], str] = {}  # the configuration of each (base, factor, level)
+    found: dict[tuple[str, str, float | str], str] = {}  # the configuration of each (base, factor, level)
     for (role, base, factor, level), part in table.groupby([*text, "level"], sort=False, dropna=False):
         name = role
         if not role:
@@ -153,30 +162,36 @@ def measured(path: Path) -> Study:
             name = f"{base} ablated" if level == own else f"{base}, {factor} {level:g}"
             found[base, factor, level] = name
         rows[name] = part.sort_values("seed")
-    n_seeds = min(len(part) for part in rows.values())
+    n_seeds = min((len(part) for part in rows.values()), default=0)
     errors = np.array([1 - part["test_accuracy"].to_numpy()[:n_seeds] for part in rows.values()])
+    whole = n_seeds > 1 and np.isfinite(errors).all()
+    if not whole or not found or trials.empty or not {TRIAL_2, "defaults"} <= set(means.index):
+        raise InputError(
+            f"{path}: expected a trial, {TRIAL_2}, the defaults and an ablation of one of them, "
+            "each with the test_accuracy of at least two seeds"
+        )
     logs = np.log(np.maximum(errors, RESOLUTION / 2))
     groups = [(bool(part["role"].iloc[0]), *part[SHAPES].iloc[0]) for part in rows.values()]
+    bases = list(dict.fromkeys(base for base, _, _ in found))
     base = next((name for name in bases if name != TRIAL_2), TRIAL_2)
     found |= {("", "role", role): role for role in means.index} | {("", "role", BEST): trials.idxmax()}
-    levels, claims, quotes, others = _questions(base, found, dict(zip(rows, groups, strict=True)))
+    levels, claims, others = _questions(base, found, dict(zip(rows, groups, strict=True)))
     return Study(
         names=list(rows),
         accuracy=1 - errors.mean(1),
         deviations=logs - logs.mean(1, keepdims=True),
         groups=groups,
-        seconds={name: part["train_seconds"].iloc[0] / len(part) for name, part in rows.items()},
+        seconds={name: float(part["train_seconds"].iloc[0]) / len(part) for name, part in rows.items()},
         levels=levels,
         claims=claims,
-        quotes=quotes,
         plan=Plan((*levels, *claims, *others)),
     )
 
 
 def _questions(
-    base: str, found: Mapping[tuple, str], groups: Mapping[str, tuple]
-) -> tuple[list[Question], list[Question], list[int], list[Question]]:
-    """The levels of base, the distinct claims with their numbers of quotes, and all other questions of a report.
+    base: str, found: Mapping[tuple[str, str, float | str], str], groups: Mapping[str, tuple]
+) -> tuple[list[Question], dict[Question, int], list[Question]]:
+    """The levels of base, {distinct claim: how often the original makes it}, and all other questions of a report.
 
     found: the configuration of each (base, factor, level) and of each ("", "role", role). groups: of configurations.
     """
@@ -184,26 +199,28 @@ def _questions(
     def contrast(a: str, b: str) -> Contrast:
         return Contrast(a, b, groups[a] == groups[b])
 
-    own = f"{base} ablated"
+    own, best = f"{base} ablated", found["", "role", BEST]
     names = dict.fromkeys(name for (of, _, _), name in found.items() if of == base and name != own)
     levels = [Question(name, (contrast(name, own),)) for name in names]
-    distinct: dict[tuple[Contrast, ...], list[str]] = {}
-    others = []
-    for claim in CLAIMS:
-        pairs = [(c, good, other) for c in claim.contrasts for good in c.good for other in c.others]
-        keys = [[(base if c.base == BEST else c.base, c.factor, x) for x in levels] for c, *levels in pairs]
-        if all(key in found for sides in keys for key in sides) and all(c.score == "test_accuracy" for c, *_ in pairs):
-            contrasts = [contrast(*(found[key] for key in sides)) for sides in keys]
-            if contrasts:
-                distinct.setdefault(tuple(dict.fromkeys(contrasts)), []).append(claim.quote)
-        else:
-            others.append(Question(claim.quote, (Contrast(claim.quote, own, False),), is_claim=True))
-    claims = [Question(quotes[0], contrasts, is_claim=True) for contrasts, quotes in distinct.items()]
-    best = found["", "role", BEST]
-    others += [Question(f"{best} against {role}", (contrast(best, role),)) for role in ("defaults", TRIAL_2)]
+    quotes: dict[tuple[Contrast, ...], list[str]] = {}
+    others = [Question(f"{best} against {role}", (contrast(best, role),)) for role in ("defaults", TRIAL_2)]
     for part in ("routing", "message", "noise"):
         others.append(Question(f"without {part}", (Contrast(f"without {part}", own, True),)))
-    return levels, claims, [len(quotes) for quotes in distinct.values()], others
+    for claim in CLAIMS:
+        sides: list[tuple[str | None, str | None]] = []
+        for of, factor, good, rivals, score in claim.contrasts:
+            at = base if of == BEST else of
+            pairs = [(found.get((at, factor, a)), found.get((at, factor, b))) for a in good for b in rivals]
+            sides += pairs if score == "test_accuracy" else [(None, None)]
+        contrasts = tuple(dict.fromkeys(contrast(a, b) for a, b in sides if a and b))
+        if not sides:
+            continue
+        if all(a and b for a, b in sides):
+            quotes.setdefault(contrasts, []).append(claim.quote)
+        else:
+            others.append(Question(claim.quote, (Contrast(claim.quote, own, False),), is_claim=True))
+    claims = {Question(said[0], contrasts, is_claim=True): len(said) for contrasts, said in quotes.items()}
+    return levels, claims, others
 
 
 Looks = dict[str, tuple[tuple[Look, ...], ...]]  # of each question, those of its contrasts
@@ -227,15 +244,11 @@ def all_looks(study: Study, scores: np.ndarray, schedule: Schedule) -> list[Look
     ]
 
 
-def answers(plan: Plan, looks: Looks) -> dict[str, Answer]:
-    """{question: its answer after these looks}."""
-    return {q.name: evidence.answer(q, looks[q.name], len(plan.questions)) for q in plan.questions}
-
-
 def until_decided(study: Study, looks: Looks, budgets: Sequence[int]) -> Iterator[tuple[int, Looks]]:
-    """Buy blocks as evidence.next_blocks says; yields for each budget, from the smallest, the seed-runs and looks taken.
+    """Buy blocks as evidence.next_blocks says, until each budget is spent or nothing more can be decided.
 
-    looks: all that a report could take. budgets: seed-runs; those of the first look of each configuration are spent.
+    looks: all that a report could take. budgets: seed-runs, rising. The first look of each configuration is taken.
+    Yields for each budget the seed-runs that were spent and the looks taken.
     """
     seeds = dict.fromkeys(study.names, study.plan.schedule.looks[0])
     seconds = dict.fromkeys((c.a for q in study.plan.questions for c in q.contrasts), math.inf) | study.seconds
@@ -309,15 +322,16 @@ def rules(study: Study, accuracy: np.ndarray, n_reports: int, seed: int) -> pd.D
     def record(rule: str, seed_runs: int, verdicts: Mapping[str, str], covered: float = math.nan) -> None:
         decided = {name: verdicts[name] in (BETTER, WORSE, SAME, SUPPORTED, REFUTED) for name in differences}
         worse = [verdicts[q.name] == WORSE for q in study.levels if differences[q.name][0] <= -MARGIN]
-        records.append(dict(
-            rule=rule, seed_runs=seed_runs, levels=sum(decided[q.name] for q in study.levels),
-            claims=sum(decided[q.name] * n for q, n in zip(study.claims, study.quotes, strict=True)),
-            worse=np.mean(worse) if worse else math.nan, covered=covered,
-            false=any(is_false(verdicts[name], true) for name, true in differences.items()),
-        ))  # fmt: skip
+        row: dict[str, object] = {"rule": rule, "seed_runs": seed_runs}
+        row["levels"] = sum(decided[question.name] for question in study.levels)
+        row["claims"] = sum(decided[claim.name] * n for claim, n in study.claims.items())
+        row["worse"] = np.mean(worse) if worse else math.nan
+        row["covered"] = covered
+        row["false"] = any(is_false(verdicts[name], true) for name, true in differences.items())
+        records.append(row)
 
     def record_looks(rule: str, seed_runs: int, looks: Looks) -> None:
-        answered = answers(plan, looks)
+        answered = evidence.answers(plan, looks)
         intervals = [(answered[q.name].looks[0].interval(), differences[q.name][0]) for q in study.levels]
         covered = float(np.mean([low <= true <= high for (low, high), true in intervals]))
         record(rule, seed_runs, {name: one.verdict for name, one in answered.items()}, covered)
@@ -328,9 +342,11 @@ def rules(study: Study, accuracy: np.ndarray, n_reports: int, seed: int) -> pd.D
         for looks in all_looks(study, scores, schedule):
             for n in (first, 4 * first):
                 record(f"fixed {n} seeds, Holm", n * n_configurations, with_holm(study, looks, n))
-            whole = {name: tuple((of_one[0]._replace(weight=1.0),) for of_one in taken if of_one) or ((),)
-                     for name, taken in looks.items()}  # fmt: skip
-            record_looks(f"fixed {first} seeds", first * n_configurations, whole)
+            once: Looks = {
+                name: tuple(tuple(look._replace(weight=1.0) for look in of_one[:1]) for of_one in taken)
+                for name, taken in looks.items()
+            }
+            record_looks(f"fixed {first} seeds", first * n_configurations, once)
             budgets = [k * first * n_configurations for k in (2, 3, 4)]
             for budget, (seed_runs, taken) in zip(budgets, until_decided(study, looks, budgets), strict=True):
                 record_looks(f"looks, at most {budget:,}", seed_runs, taken)
