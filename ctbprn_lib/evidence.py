@@ -5,7 +5,9 @@ Numbers go in and numbers come out; nothing here reads files or trains.
 
 import bisect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +15,7 @@ import optuna
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
-from scipy.special import expit, logit
+from scipy.special import expit, logit, stdtr, stdtrit
 from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 
 from ctbprn_lib import InputError
@@ -23,6 +25,9 @@ MARGIN = 0.01  # the smallest difference of accuracy (or of the share routed wel
 LEVEL = 0.05  # of all tests of a report together
 BETTER, WORSE, SAME = "better", "worse", "the same within one point"  # of a level, or of one thing beside another
 SUPPORTED, REFUTED, UNDECIDED, NOT_TESTED = "supported", "refuted", "undecided", "not tested yet"  # of a claim
+AT_MOST = "at most"  # so many points: no verdict, but a bound that a reader can act on
+USEFUL_BOUND = 0.03  # a difference of accuracy that may be larger than this is called undecided
+POWER_QUANTILE = 0.84  # of the normal distribution: predicted numbers of seeds decide in 80 % of cases
 
 
 def mean_interval(scores: ArrayLike, level: float = 0.95, nats: bool = False) -> tuple[float, float, float]:
@@ -287,3 +292,419 @@ def verdict_on_score(published: float, low: float, high: float) -> str:
     if not low <= published <= high:
         return REFUTED
     return SUPPORTED if max(published - low, high - published) <= MARGIN else UNDECIDED
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """After how many seeds a contrast is looked at, and which part of its level each look may spend.
+
+    looks: whole numbers of seeds on each side, of at least 2, rising. weights: one for each look, positive, at most 1
+    together. A p-value is valid at each fixed number of seeds, so P(p / weight <= a at some look) is at most the sum of
+    weight times a, which is at most a, whatever decides which contrast is given its next look (Bonferroni over looks).
+    Raises InputError for anything else.
+    """
+
+    looks: tuple[int, ...] = (8, 16, 32, 64, 128)
+    weights: tuple[float, ...] = (0.4, 0.2, 0.2, 0.1, 0.1)
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 2 for n in self.looks)
+        if not self.looks or not whole:
+            raise InputError(f"looks must be whole numbers of seeds of at least 2, got {self.looks}")
+        if list(self.looks) != sorted(set(self.looks)):
+            raise InputError(f"looks must rise from one to the next, got {self.looks}")
+        if len(self.weights) != len(self.looks):
+            raise InputError(f"each of the {len(self.looks)} looks needs one weight, got {len(self.weights)}")
+        if not all(weight > 0 for weight in self.weights) or sum(self.weights) > 1 + 1e-9:
+            raise InputError(f"weights must be above 0 and at most 1 together, got {self.weights}")
+
+    def after(self, n_seeds: int) -> list[tuple[int, float]]:
+        """(seeds, weight) of each look that comes after n_seeds."""
+        return [look for look in zip(self.looks, self.weights, strict=True) if look[0] > n_seeds]
+
+
+SCHEDULE = Schedule()
+SHORT_SCHEDULE = Schedule((4, 8), (0.5, 0.5))  # for small runs
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two configurations, by name, of which a is said to be better or worse than b.
+
+    paired: whether seed by seed both start from the same initial values, that is whether d, rank and n_layers agree.
+    Only then are they compared pair by pair; this is fixed before any score is seen.
+    Raises InputError if a is b.
+    """
+
+    a: str
+    b: str
+    paired: bool
+
+    def __post_init__(self) -> None:
+        if self.a == self.b:
+            raise InputError(f"a contrast needs two different configurations, got {self.a!r} twice")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a report: whether a level is as good as another (one contrast), or whether a claim holds.
+
+    contrasts: of a claim each thing that it calls good (a) against each rival (b).
+    margin: the smallest difference of the score that matters, in its units.
+    Raises InputError for a question without contrasts, a level with several, or a margin that is not in (0, 1).
+    """
+
+    name: str
+    contrasts: tuple[Contrast, ...]
+    is_claim: bool = False
+    margin: float = MARGIN
+    score: str = "test_accuracy"
+
+    def __post_init__(self) -> None:
+        if not self.contrasts or (len(self.contrasts) > 1 and not self.is_claim):
+            raise InputError(
+                f"question {self.name!r} needs one contrast, or if it is a claim at least one; "
+                f"got {len(self.contrasts)}"
+            )
+        if not 0 < self.margin < 1:
+            raise InputError(f"the margin of question {self.name!r} must lie between 0 and 1, got {self.margin}")
+
+    @property
+    def worth(self) -> int:
+        """How many verdicts it counts as, when it is decided what to train next."""
+        return 2 if self.is_claim else 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All questions of a report, and when they may be looked at. It is recorded before the first score is seen.
+
+    Raises InputError for no question, or for two of the same name.
+    """
+
+    questions: tuple[Question, ...]
+    schedule: Schedule = SCHEDULE
+
+    def __post_init__(self) -> None:
+        names = [question.name for question in self.questions]
+        twice = [name for name in names if names.count(name) > 1]
+        if not names or twice:
+            raise InputError(f"a plan needs questions with different names, got {twice[:1] or 'none'}")
+
+    @property
+    def level(self) -> float:
+        """The level of each question. All questions together then have a false verdict in at most LEVEL of reports."""
+        return LEVEL / len(self.questions)
+
+
+class Look(NamedTuple):
+    """What a contrast shows after its first n seeds. Differences are a - b, in the units of the score.
+
+    weight: the look's, from the schedule. effect: difference of the means. sd: the standard error is sd / sqrt(n).
+    df: degrees of freedom. p_zero: two-sided, against no difference. p_below: against a difference of -margin or less.
+    p_above: against one of margin or more.
+    """
+
+    n: int
+    weight: float
+    effect: float
+    sd: float
+    df: float
+    p_zero: float
+    p_below: float
+    p_above: float
+
+    def interval(self, n_contrasts: int = 1) -> tuple[float, float]:
+        """The interval (low, high) of the difference. It stays valid whichever look was the last.
+
+        Its level is 1 - LEVEL * weight / n_contrasts. So the intervals of all looks of a question with n_contrasts hold
+        together in at least 95 % of cases. This is for each question alone, not for all of a report together.
+        """
+        half = stdtrit(self.df, 1 - LEVEL * self.weight / n_contrasts / 2) * self.sd / math.sqrt(self.n)
+        return float(max(self.effect - half, -1)), float(min(self.effect + half, 1))
+
+
+def t_tests(
+    a: np.ndarray, b: np.ndarray, paired: bool, margin: float, resolution: float = 0.0
+) -> tuple[np.ndarray, ...]:
+    """The fields effect, sd, df, p_zero, p_below and p_above of a Look, each of shape (...).
+
+    a, b: (..., n) scores of the same seeds. resolution: the smallest step of a score (1 / test samples). sd is taken to
+    be at least this, so that scores on which all seeds agree can be compared. Where both are 0, sd is infinite: then
+    nothing is shown.
+    Source: Student (1908) for pairs, else Welch (1947); p_below and p_above as in Schuirmann (1987).
+    """
+    n = a.shape[-1]
+    effect = a.mean(-1) - b.mean(-1)
+    if paired:
+        variance = (a - b).var(-1, ddof=1)
+        df = np.full_like(effect, n - 1)
+    else:
+        of_a, of_b = a.var(-1, ddof=1), b.var(-1, ddof=1)
+        variance = of_a + of_b
+        squares = of_a**2 + of_b**2
+        df = (n - 1) * np.divide(variance**2, squares, out=np.ones_like(effect), where=squares > 0)
+    sd = np.maximum(np.sqrt(variance), resolution)
+    sd = np.where(sd < 1e-9, np.inf, sd)  # rounding is no spread
+    error = sd / np.sqrt(n)
+    p_zero = 2 * stdtr(df, -np.abs(effect) / error)
+    return effect, sd, df, p_zero, stdtr(df, -(effect + margin) / error), stdtr(df, (effect - margin) / error)
+
+
+def take_looks(
+    a: ArrayLike, b: ArrayLike, paired: bool, margin: float, schedule: Schedule, resolution: float = 0.0
+) -> tuple[Look, ...]:
+    """Every look that the scores of a contrast allow, the earliest first; none before the schedule's first.
+
+    a: (R,) and b: (R',) scores in the order of their seeds. The first seeds that both have are used, equally many of
+    each side. resolution: see t_tests.
+    Raises InputError for scores that are not finite: a seed that diverged counts with the score of guessing.
+    """
+    sides = [np.asarray(side, dtype=float) for side in (a, b)]
+    for side in sides:
+        gaps = np.flatnonzero(~np.isfinite(side))
+        if gaps.size:
+            raise InputError(
+                f"scores must be finite (a seed that diverged counts with the score of guessing), got "
+                f"{side[gaps[0]]} for seed {gaps[0]}"
+            )
+    looks = []
+    for n, weight in schedule.after(0):
+        if n <= min(side.size for side in sides):
+            tests = t_tests(sides[0][:n], sides[1][:n], paired, margin, resolution)
+            looks.append(Look(n, weight, *(float(value) for value in tests)))
+    return tuple(looks)
+
+
+Looks = Sequence[Sequence[Look]]  # of one question: those taken of each of its contrasts
+
+
+def look_at(
+    plan: Plan, scores: Mapping[str, Mapping[str, ArrayLike]], resolution: float = 0.0
+) -> dict[str, tuple[tuple[Look, ...], ...]]:
+    """{question: all looks that the scores allow of each of its contrasts}.
+
+    scores: {score: {configuration: (R,) in the order of the seeds}}, for the score of each question. A configuration
+    that has not been trained may be missing.
+    """
+    looks = {}
+    for question in plan.questions:
+        of = scores[question.score]
+        pairs = [(of.get(contrast.a, ()), of.get(contrast.b, ()), contrast.paired) for contrast in question.contrasts]
+        looks[question.name] = tuple(take_looks(*pair, question.margin, plan.schedule, resolution) for pair in pairs)
+    return looks
+
+
+class PValues(NamedTuple):
+    """What speaks against each answer to a question: "good" is better or supported, "bad" is worse or refuted."""
+
+    good: float
+    bad: float
+    same: float
+
+
+def p_values(looks: Looks) -> PValues:
+    """The p-values of the three answers to a question, not yet adjusted for the number of questions.
+
+    looks: at least one of each of its k contrasts. A contrast's own p-value is the smallest p / weight of its looks.
+    good: no contrast is below -margin, and at least one is above 0 (k times the smallest). bad: at least one is below 0
+    (k times the smallest). same: all are within the margin.
+    At any truth the false ones of these answers have a chance of at most a together to be at or below a:
+    - Some contrast is at -margin or less: "good" and "same" are false, and both need its p_below at or below a.
+    - None is, but some contrast is at margin or more: "same" is false, and "bad" may be, by one of the k - 1 others
+      with (k - 1) a / 2k. So "same" may use (k + 1) / 2k of a. (By that contrast itself, p_above is small as well.)
+    - All are within the margin: "good" or "bad" may be false, each with a / 2, since p_zero is two-sided.
+    """
+    k = len(looks)
+    below = [min(look.p_below / look.weight for look in of_one) for of_one in looks]
+    above = [min(look.p_above / look.weight for look in of_one) for of_one in looks]
+    better = [look.p_zero / look.weight for of_one in looks for look in of_one if look.effect > 0]
+    worse = [look.p_zero / look.weight for of_one in looks for look in of_one if look.effect < 0]
+    good = max(max(below), k * min(better, default=1.0))
+    return PValues(good, k * min(worse, default=1.0), 2 * k / (k + 1) * max(below + above))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to a question so far.
+
+    verdict: BETTER, WORSE or SAME for a level; SUPPORTED, REFUTED or SAME for a claim; else AT_MOST, UNDECIDED, or
+    NOT_TESTED before the first look.
+    p_value: of the verdict, or the smallest if there is none, adjusted for the number of questions.
+    at_most: the largest difference that the intervals leave open, either way for a level. For a claim it is the most
+    by which what is called good may be worse than a rival. Right for at least 95 % of questions, each taken alone.
+    looks: the latest look of each contrast.
+    """
+
+    verdict: str
+    p_value: float = 1.0
+    at_most: float = 1.0
+    looks: tuple[Look, ...] = ()
+
+    @property
+    def decided(self) -> bool:
+        """Whether there is a verdict, so that no more seeds are needed."""
+        return self.verdict not in (AT_MOST, UNDECIDED, NOT_TESTED)
+
+
+def answer(question: Question, looks: Looks, n_questions: int) -> Answer:
+    """Answer one of n_questions, each at level LEVEL / n_questions, from the looks of each of its contrasts.
+
+    Where several answers are shown, "same" goes before the others, and "supported" before "refuted": what is slightly
+    worse than one rival, by less than the margin, may still be better than another.
+    """
+    if not all(looks):
+        return Answer(NOT_TESTED)
+    p = p_values(looks)
+    latest = tuple(of_one[-1] for of_one in looks)
+    intervals = [look.interval(len(latest)) for look in latest]
+    at_most = max(0.0, *(-low for low, _ in intervals))
+    if not question.is_claim:
+        at_most = max(at_most, intervals[0][1])
+    names = (SUPPORTED, REFUTED) if question.is_claim else (BETTER, WORSE)
+    verdict, p_value = AT_MOST if at_most <= USEFUL_BOUND else UNDECIDED, min(p)
+    for name, value in zip((SAME, *names), (p.same, p.good, p.bad), strict=True):
+        if value <= LEVEL / n_questions:
+            verdict, p_value = name, value
+            break
+    return Answer(verdict, min(1.0, n_questions * p_value), at_most, latest)
+
+
+def answers(plan: Plan, looks: Mapping[str, Looks]) -> dict[str, Answer]:
+    """{question: its answer}.  looks: as look_at returns them."""
+    return {q.name: answer(q, looks[q.name], len(plan.questions)) for q in plan.questions}
+
+
+class Purchase(NamedTuple):
+    """What to train next for a question: {configuration: seeds that it should then have}.
+
+    seconds: predicted for this training. per_verdict: predicted seconds until the question is decided, for each verdict
+    gained, where the price of a configuration is shared by all questions that wait for it.
+    """
+
+    question: str
+    seeds: dict[str, int]
+    seconds: float
+    per_verdict: float
+
+
+def predicted_seeds(sd: float, gap: float, level: float) -> float:
+    """Seeds after which a one-sided t test at this level shows a difference of gap in 80 % of cases.
+
+    sd: see Look. gap: the distance of the true difference from the null, above 0, in the same units.
+    """
+    return ((NormalDist().inv_cdf(1 - level) + POWER_QUANTILE) * sd / gap) ** 2 + 3
+
+
+Needs = dict[Contrast, float]  # the seeds that a contrast should have on each side
+
+
+def next_blocks(
+    plan: Plan, looks: Mapping[str, Looks], seeds: Mapping[str, int], seconds: Mapping[str, float]
+) -> tuple[list[Purchase], dict[str, float]]:
+    """What to train next, the cheapest verdict first, and what is given up.
+
+    looks: {question: those of its contrasts}. seeds: {configuration: how many it has}; it may lack those that have
+    none. seconds: {configuration: predicted training seconds of one seed}, math.inf if it cannot be trained.
+    Returns ([Purchase, ...], {question: predicted seeds on each side}). The first has a purchase for each undecided
+    question that is predicted to be decided by the schedule's last look. It brings the contrasts that need it to their
+    next look; then ask again. It is empty when it is time to stop. The second has every other undecided question.
+    A claim counts as two verdicts.
+    """
+    last = plan.schedule.looks[-1]
+    wanted: list[tuple[Question, Needs]] = []
+    given_up = {}
+    for question in plan.questions:
+        if answer(question, looks[question.name], len(plan.questions)).decided:
+            continue
+        ways = _ways_to_decide(question, looks[question.name], plan)
+        possible = [way for way in ways if max(way.values()) <= last and math.isfinite(_seconds(way, seeds, seconds))]
+        if possible:
+            wanted.append((question, min(possible, key=lambda way: _seconds(way, seeds, seconds))))
+        else:
+            given_up[question.name] = min((max(way.values()) for way in ways), default=math.inf)
+    waiting: dict[str, int] = {}  # verdicts that wait for a configuration
+    for question, way in wanted:
+        for configuration in _missing(way, seeds):
+            waiting[configuration] = waiting.get(configuration, 0) + question.worth
+    shared = {configuration: seconds[configuration] / n for configuration, n in waiting.items()}
+    purchases = []
+    for question, way in wanted:
+        step: Needs = {}
+        for contrast, taken in zip(question.contrasts, looks[question.name], strict=True):
+            if contrast in way:
+                step[contrast] = plan.schedule.after(taken[-1].n if taken else 0)[0][0]
+        prices = _seconds(step, seeds, seconds), _seconds(way, seeds, shared)
+        purchases.append(Purchase(question.name, _missing(step, seeds), *prices))
+    return sorted(purchases, key=lambda purchase: purchase.per_verdict), given_up
+
+
+def _missing(needs: Needs, seeds: Mapping[str, int]) -> dict[str, int]:
+    """{configuration: seeds that it should have}, of those that have fewer."""
+    target: dict[str, int] = {}
+    for contrast, n in needs.items():
+        for configuration in (contrast.a, contrast.b):
+            if n > seeds.get(configuration, 0):
+                target[configuration] = max(target.get(configuration, 0), int(n))
+    return target
+
+
+def _seconds(needs: Needs, seeds: Mapping[str, int], seconds: Mapping[str, float]) -> float:
+    """Predicted training seconds of the seeds that are missing."""
+    return sum((n - seeds.get(name, 0)) * seconds[name] for name, n in _missing(needs, seeds).items())
+
+
+def _ways_to_decide(question: Question, looks: Looks, plan: Plan) -> list[Needs]:
+    """For each answer that the effects do not speak against, the contrasts that need more seeds, and how many.
+
+    If these effects are true, each contrast then shows its part in about 80 % of cases.
+    """
+    pairs = list(zip(question.contrasts, looks, strict=True))
+    untested: Needs = {contrast: plan.schedule.looks[0] for contrast, taken in pairs if not taken}
+    if untested:
+        return [untested]
+
+    k, margin, schedule = len(pairs), question.margin, plan.schedule
+    not_worse: Needs = {}
+    same: Needs = {}
+    better: Needs = {}
+    worse: Needs = {}
+    for contrast, taken in pairs:
+        not_worse[contrast] = _seeds_to_show(taken, "p_below", margin, plan.level, schedule)
+        same[contrast] = max(
+            _seeds_to_show(taken, null, margin, plan.level * (k + 1) / (2 * k), schedule)
+            for null in ("p_below", "p_above")
+        )
+        side = better if taken[-1].effect > 0 else worse
+        side[contrast] = _seeds_to_show(taken, "p_zero", margin, plan.level / k, schedule)
+    ways = [same]
+    if better:
+        nearest = min(better, key=lambda contrast: better[contrast])
+        ways.append(not_worse | {nearest: max(not_worse[nearest], better[nearest])})
+    if worse:
+        nearest = min(worse, key=lambda contrast: worse[contrast])
+        ways.append({nearest: worse[nearest]})
+    needs = [{contrast: n for contrast, n in way.items() if n > 0} for way in ways]
+    return [way for way in needs if way]
+
+
+def _seeds_to_show(taken: Sequence[Look], null: str, margin: float, level: float, schedule: Schedule) -> float:
+    """The schedule's first look that is predicted to reject a null at this level, 0 if one of those taken did.
+
+    null: the field of Look with its p-value. Returns the predicted seeds, more than the last look's, if no look is
+    predicted to do.
+    """
+    latest, one_sided = taken[-1], level
+    gap = {"p_below": margin + latest.effect, "p_above": margin - latest.effect, "p_zero": abs(latest.effect)}[null]
+    if null == "p_zero":  # the test has two sides, of which the one where the effect lies is to be shown
+        taken, one_sided = [look for look in taken if look.effect * latest.effect >= 0], level / 2
+    if min(getattr(look, null) / look.weight for look in taken) <= level:
+        return 0
+    if gap <= 0:
+        return math.inf
+    n = math.inf
+    for look, weight in zip(schedule.looks, schedule.weights, strict=True):
+        n = predicted_seeds(latest.sd, gap, one_sided * weight)
+        if look > latest.n and n <= look:
+            return look
+    return max(n, schedule.looks[-1] + 1)

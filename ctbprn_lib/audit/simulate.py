@@ -1,20 +1,35 @@
 """Simulated records whose truth is known, to see how often the statistics are wrong."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ctbprn_lib import InputError, files
-from ctbprn_lib.report.comparisons import TRIAL_2
+from ctbprn_lib import InputError, evidence, files
+from ctbprn_lib.evidence import (
+    BETTER,
+    MARGIN,
+    REFUTED,
+    SAME,
+    SUPPORTED,
+    WORSE,
+    Contrast,
+    Look,
+    Plan,
+    Question,
+    Schedule,
+)
+from ctbprn_lib.report.comparisons import BEST, CLAIMS, TRIAL_2
 from ctbprn_lib.train import TABLE, Hyperparameters
 
 ACCURACY = 0.97  # mean test accuracy of a configuration to which no effect is added
 CE_PER_ERROR = 2.4  # nats of simulated cross-entropy for an error of 1
 EQUAL_SAMPLES = ", equal samples"  # end of a factor's name
+SHAPES = [name for name, entry in TABLE.items() if entry.shapes]  # what changes the initial values that a seed draws
+RESOLUTION = 1 / 8192  # of a simulated accuracy: 8,192 test samples
 
 
 def spreads(path: Path) -> pd.Series:
@@ -83,3 +98,257 @@ def runs(
         for level in (32, 64, 128):
             add_run("", TRIAL_2, "seq_len", level)
     return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A confirmed study whose spreads and pairs are simulated, with the questions of its report.
+
+    names: (C,) configurations. accuracy: (C,) the mean of each. deviations: (C, S) of log(error) from its mean, for
+    each of S seeds. groups: (C,) equal where equal seeds make pairs. seconds: {configuration: of training a seed}.
+    levels, claims: the questions that the study can answer; claims says how often the original makes each.
+    plan: these questions and those that the study cannot answer, which count but are never asked.
+    """
+
+    names: list[str]
+    accuracy: np.ndarray
+    deviations: np.ndarray
+    groups: list[tuple]
+    seconds: dict[str, float]
+    levels: list[Question]
+    claims: dict[Question, int]
+    plan: Plan
+
+    def differences(self, question: Question, accuracy: np.ndarray) -> np.ndarray:
+        """The true difference a - b of each contrast of a question, if these are the true accuracies (C,)."""
+        a, b = ([self.names.index(getattr(c, side)) for c in question.contrasts] for side in "ab")
+        return np.round(accuracy[a] - accuracy[b], 12)
+
+    def draw(self, accuracy: np.ndarray, n_reports: int, n_seeds: int, rng: np.random.Generator) -> np.ndarray:
+        """Simulated accuracies (n_reports, C, n_seeds) with these true means (C,).
+
+        Errors are lognormal, so accuracies are skewed. Logarithms of errors of a group vary together as in the study.
+        """
+        n_measured = self.deviations.shape[1]
+        logs = np.empty((n_reports, len(self.names), n_seeds))
+        for group in dict.fromkeys(self.groups):
+            members = [i for i, other in enumerate(self.groups) if other == group]
+            shared = rng.normal(size=(n_reports, n_measured, n_seeds))
+            logs[:, members] = self.deviations[members] @ shared / math.sqrt(n_measured - 1)
+        variance = self.deviations.var(1, ddof=1)
+        return 1 - (1 - accuracy)[:, None] * np.exp(logs - variance[:, None] / 2)
+
+
+def measured(path: Path) -> Study:
+    """The Study of a confirmed.csv.
+
+    Raises InputError for a file that cannot be read or lacks what the questions are about: a trial of the search,
+    published trial 2, the defaults, and an ablation of one of them, each with the accuracies of at least two seeds.
+    """
+    text = ["role", "base", "factor"]
+    numbers = ["level", *TABLE, "n_steps", "seed", "train_seconds"]
+    table = files.table(path, text, dict.fromkeys(numbers, math.inf) | {"test_accuracy": 1})
+    roles = table[table["role"] != ""].groupby("role", sort=False)
+    means = roles["test_accuracy"].mean()
+    trials = means[means.index.str.startswith("trial ")]
+    moved = table["factor"].str.removesuffix(EQUAL_SAMPLES).isin(numbers) & table["base"].isin(means.index)
+    table = table[moved | (table["role"] != "")]
+    rows: dict[str, pd.DataFrame] = {}  # of each configuration
+    found: dict[tuple[str, str, float | str], str] = {}  # the configuration of each (base, factor, level)
+    for (role, base, factor, level), part in table.groupby([*text, "level"], sort=False, dropna=False):
+        name = role
+        if not role:
+            own = roles.get_group(base)[factor.removesuffix(EQUAL_SAMPLES)].iloc[0]
+            name = f"{base} ablated" if level == own else f"{base}, {factor} {level:g}"
+            found[base, factor, level] = name
+        rows[name] = part.sort_values("seed")
+    n_seeds = min((len(part) for part in rows.values()), default=0)
+    errors = np.array([1 - part["test_accuracy"].to_numpy()[:n_seeds] for part in rows.values()])
+    whole = n_seeds > 1 and np.isfinite(errors).all()
+    if not whole or not found or trials.empty or not {TRIAL_2, "defaults"} <= set(means.index):
+        raise InputError(
+            f"{path}: expected a trial, {TRIAL_2}, the defaults and an ablation of one of them, "
+            "each with the test_accuracy of at least two seeds"
+        )
+    logs = np.log(np.maximum(errors, RESOLUTION / 2))
+    groups = [(bool(part["role"].iloc[0]), *part[SHAPES].iloc[0]) for part in rows.values()]
+    bases = list(dict.fromkeys(base for base, _, _ in found))
+    base = next((name for name in bases if name != TRIAL_2), TRIAL_2)
+    found |= {("", "role", role): role for role in means.index} | {("", "role", BEST): trials.idxmax()}
+    levels, claims, others = _questions(base, found, dict(zip(rows, groups, strict=True)))
+    return Study(
+        names=list(rows),
+        accuracy=1 - errors.mean(1),
+        deviations=logs - logs.mean(1, keepdims=True),
+        groups=groups,
+        seconds={name: float(part["train_seconds"].iloc[0]) / len(part) for name, part in rows.items()},
+        levels=levels,
+        claims=claims,
+        plan=Plan((*levels, *claims, *others)),
+    )
+
+
+def _questions(
+    base: str, found: Mapping[tuple[str, str, float | str], str], groups: Mapping[str, tuple]
+) -> tuple[list[Question], dict[Question, int], list[Question]]:
+    """The levels of base, {distinct claim: how often the original makes it}, and all other questions of a report.
+
+    found: the configuration of each (base, factor, level) and of each ("", "role", role). groups: of configurations.
+    """
+
+    def contrast(a: str, b: str) -> Contrast:
+        return Contrast(a, b, groups[a] == groups[b])
+
+    own, best = f"{base} ablated", found["", "role", BEST]
+    names = dict.fromkeys(name for (of, _, _), name in found.items() if of == base and name != own)
+    levels = [Question(name, (contrast(name, own),)) for name in names]
+    quotes: dict[tuple[Contrast, ...], list[str]] = {}
+    others = [Question(f"{best} against {role}", (contrast(best, role),)) for role in ("defaults", TRIAL_2)]
+    for part in ("routing", "message", "noise"):
+        others.append(Question(f"without {part}", (Contrast(f"without {part}", own, True),)))
+    for claim in CLAIMS:
+        sides: list[tuple[str | None, str | None]] = []
+        for of, factor, good, rivals, score in claim.contrasts:
+            at = base if of == BEST else of
+            pairs = [(found.get((at, factor, a)), found.get((at, factor, b))) for a in good for b in rivals]
+            sides += pairs if score == "test_accuracy" else [(None, None)]
+        contrasts = tuple(dict.fromkeys(contrast(a, b) for a, b in sides if a and b))
+        if not sides:
+            continue
+        if all(a and b for a, b in sides):
+            quotes.setdefault(contrasts, []).append(claim.quote)
+        else:
+            others.append(Question(claim.quote, (Contrast(claim.quote, own, False),), is_claim=True))
+    claims = {Question(said[0], contrasts, is_claim=True): len(said) for contrasts, said in quotes.items()}
+    return levels, claims, others
+
+
+Looks = dict[str, tuple[tuple[Look, ...], ...]]  # of each question, those of its contrasts
+
+
+def all_looks(study: Study, scores: np.ndarray, schedule: Schedule) -> list[Looks]:
+    """For each report, all looks of its questions.  scores: (n_reports, C, n_seeds) as Study.draw makes them."""
+    column = {name: i for i, name in enumerate(study.names)}
+    taken: dict[Contrast, list[tuple[Look, ...]]] = {}
+    for contrast in dict.fromkeys(c for question in study.plan.questions for c in question.contrasts):
+        looks = []
+        if contrast.a in column:
+            a, b = scores[:, column[contrast.a]], scores[:, column[contrast.b]]
+            for n, weight in schedule.after(0):
+                tests = evidence.t_tests(a[:, :n], b[:, :n], contrast.paired, MARGIN, RESOLUTION)
+                looks.append([Look(n, weight, *values) for values in np.transpose(tests).tolist()])
+        taken[contrast] = list(zip(*looks, strict=True)) if looks else [()] * len(scores)
+    return [
+        {question.name: tuple(taken[c][i] for c in question.contrasts) for question in study.plan.questions}
+        for i in range(len(scores))
+    ]
+
+
+def until_decided(study: Study, looks: Looks, budgets: Sequence[int]) -> Iterator[tuple[int, Looks]]:
+    """Buy blocks as evidence.next_blocks says, until each budget is spent or nothing more can be decided.
+
+    looks: all that a report could take. budgets: seed-runs, rising. The first look of each configuration is taken.
+    Yields for each budget the seed-runs that were spent and the looks taken.
+    """
+    seeds = dict.fromkeys(study.names, study.plan.schedule.looks[0])
+    seconds = dict.fromkeys((c.a for q in study.plan.questions for c in q.contrasts), math.inf) | study.seconds
+
+    def taken(question: Question) -> tuple[tuple[Look, ...], ...]:
+        common = [min(seeds.get(c.a, 0), seeds.get(c.b, 0)) for c in question.contrasts]
+        pairs = zip(common, looks[question.name], strict=True)
+        return tuple(tuple(look for look in of_one if look.n <= n) for n, of_one in pairs)
+
+    so_far = {question.name: taken(question) for question in study.plan.questions}
+    for budget in budgets:
+        while purchases := evidence.next_blocks(study.plan, so_far, seeds, seconds)[0]:
+            bought = purchases[0].seeds
+            if sum((seeds | bought).values()) > budget:
+                break
+            seeds |= bought
+            for question in study.plan.questions:
+                if any(c.a in bought or c.b in bought for c in question.contrasts):
+                    so_far[question.name] = taken(question)
+        yield sum(seeds.values()), dict(so_far)
+
+
+def with_holm(study: Study, looks: Looks, n_seeds: int) -> dict[str, str]:
+    """{question: verdict} with a fixed number of seeds, where Holm adjusts all p-values of the report together.
+
+    Each level has two p-values, of accuracy and of cross-entropy, which are taken to be alike; each contrast of a claim
+    has one. All contrasts are tested for equivalence, adjusted on their own.
+    """
+    questions = [*study.levels, *study.claims]
+    at = {
+        contrast: next(look for look in taken if look.n == n_seeds)
+        for question in questions
+        for contrast, taken in zip(question.contrasts, looks[question.name], strict=True)
+    }
+    twice = [*at, *(question.contrasts[0] for question in study.levels)]
+    adjusted = evidence.holm([at[contrast].p_zero for contrast in twice])[: len(at)]
+    same = evidence.holm([max(look.p_below, look.p_above) for look in at.values()])
+    found = {
+        contrast: evidence.verdict_on_effect(look.effect, *p_values)
+        for (contrast, look), *p_values in zip(at.items(), adjusted, same, strict=True)
+    }
+    verdicts = {question.name: found[question.contrasts[0]] for question in study.levels}
+    for claim in study.claims:
+        verdicts[claim.name] = evidence.verdict_on_claim(found[contrast] for contrast in claim.contrasts)
+    return verdicts
+
+
+def is_false(verdict: str, differences: np.ndarray, margin: float = MARGIN) -> bool:
+    """Whether a verdict is wrong, given the true difference (k,) of each contrast of its question."""
+    if verdict == SAME:
+        return bool((abs(differences) >= margin).any())
+    if verdict in (BETTER, SUPPORTED):
+        return bool((differences <= 0).all() or (differences <= -margin).any())
+    return verdict in (WORSE, REFUTED) and bool((differences >= 0).all())
+
+
+def rules(study: Study, accuracy: np.ndarray, n_reports: int, seed: int) -> pd.DataFrame:
+    """Simulated reports under rules that spend different numbers of seed-runs.
+
+    accuracy: (C,) the true accuracy of each configuration.
+    Returns one row for each rule, with the columns rule, seed_runs (mean), levels and claims (decided, mean; a claim
+    counts as often as the original makes it), worse (share of the levels that are worse by MARGIN or more of which the
+    report says so), covered (share of the levels' intervals, at the looks where they stopped, that hold the truth; NaN
+    with Holm) and false (reports with a false verdict).
+    """
+    schedule, plan = study.plan.schedule, study.plan
+    first, n_configurations = schedule.looks[0], len(study.names)
+    differences = {q.name: study.differences(q, accuracy) for q in (*study.levels, *study.claims)}
+    records = []
+
+    def record(rule: str, seed_runs: int, verdicts: Mapping[str, str], covered: float = math.nan) -> None:
+        decided = {name: verdicts[name] in (BETTER, WORSE, SAME, SUPPORTED, REFUTED) for name in differences}
+        worse = [verdicts[q.name] == WORSE for q in study.levels if differences[q.name][0] <= -MARGIN]
+        row: dict[str, object] = {"rule": rule, "seed_runs": seed_runs}
+        row["levels"] = sum(decided[question.name] for question in study.levels)
+        row["claims"] = sum(decided[claim.name] * n for claim, n in study.claims.items())
+        row["worse"] = np.mean(worse) if worse else math.nan
+        row["covered"] = covered
+        row["false"] = any(is_false(verdicts[name], true) for name, true in differences.items())
+        records.append(row)
+
+    def record_looks(rule: str, seed_runs: int, looks: Looks) -> None:
+        answered = evidence.answers(plan, looks)
+        intervals = [(answered[q.name].looks[0].interval(), differences[q.name][0]) for q in study.levels]
+        covered = float(np.mean([low <= true <= high for (low, high), true in intervals]))
+        record(rule, seed_runs, {name: one.verdict for name, one in answered.items()}, covered)
+
+    for part in np.array_split(np.arange(n_reports), math.ceil(n_reports / 50)):  # keeps memory small
+        rng = np.random.default_rng([seed, part[0]])
+        scores = study.draw(accuracy, len(part), schedule.looks[-1], rng)
+        for looks in all_looks(study, scores, schedule):
+            for n in (first, 4 * first):
+                record(f"fixed {n} seeds, Holm", n * n_configurations, with_holm(study, looks, n))
+            once: Looks = {
+                name: tuple(tuple(look._replace(weight=1.0) for look in of_one[:1]) for of_one in taken)
+                for name, taken in looks.items()
+            }
+            record_looks(f"fixed {first} seeds", first * n_configurations, once)
+            budgets = [k * first * n_configurations for k in (2, 3, 4)]
+            for budget, (seed_runs, taken) in zip(budgets, until_decided(study, looks, budgets), strict=True):
+                record_looks(f"looks, at most {budget:,}", seed_runs, taken)
+            record_looks("every look of every question", schedule.looks[-1] * n_configurations, looks)
+    return pd.DataFrame(records).groupby("rule", sort=False).mean().reset_index()
