@@ -132,15 +132,15 @@ def importance(ax: Axes, table: pd.DataFrame) -> Axes:
 
 
 def ablation(ax: Axes, panel: pd.DataFrame, own: float, factor: str) -> Axes:
-    """Accuracy of each level (DataFrame of level, mean, low, high) with its interval; a ring around the level own."""
+    """Accuracy of each level (DataFrame of mean, low, high, indexed by level) with its interval; a ring around the level own."""
     at = np.arange(len(panel))
     bars = 100 * np.array([panel["mean"] - panel["low"], panel["high"] - panel["mean"]])
     ax.errorbar(at, 100 * panel["mean"], yerr=bars, fmt="o", ms=5, lw=1, color=BLUE)
-    at_own = panel["level"].to_numpy() == own
-    ax.plot(at[at_own], 100 * panel["mean"][at_own], "o", ms=11, mfc="none", mec=RED, mew=2)
+    at_own = panel.index.to_numpy() == own
+    ax.plot(at[at_own], 100 * panel["mean"].to_numpy()[at_own], "o", ms=11, mfc="none", mec=RED, mew=2)
     ax.set_xticks(
         at,
-        [f"{level:.3g}" if level < 1000 else f"{level:,.0f}" for level in panel["level"]],
+        [f"{level:.3g}" if level < 1000 else f"{level:,.0f}" for level in panel.index],
         rotation=45 if len(panel) > 5 else 0,
     )
     ax.set(xlabel=LABELS[factor], xlim=(-0.5, len(panel) - 0.5))
