@@ -5,8 +5,9 @@ sentences.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,12 @@ import yaml
 
 from ctbprn_lib import evidence
 from ctbprn_lib.confirm import choose_best
-from ctbprn_lib.evidence import BETTER, LEVEL, MARGIN, NOT_TESTED, SUPPORTED, UNDECIDED, WORSE
-from ctbprn_lib.train import Hyperparameters
+from ctbprn_lib.evidence import BETTER, LEVEL, MARGIN, NOT_TESTED, REFUTED, SAME, SUPPORTED, UNDECIDED, WORSE
+from ctbprn_lib.train import KINDS
 
 BEST, TRIAL_2 = "best", "published trial 2"
 EQUAL_SAMPLES = "batch_size, equal samples"
+VERDICTS = (SUPPORTED, REFUTED, SAME, UNDECIDED, NOT_TESTED)  # on a claim
 Run = dict[str, np.ndarray]  # {column: (R,)} of one configuration, a value for each seed
 Test = dict[str, Any]  # one row of Comparisons.tests
 
@@ -74,6 +76,41 @@ def load_claims() -> tuple[Claim, ...]:
 CLAIMS = load_claims()
 
 
+@dataclass(frozen=True)
+class Ablation:
+    """One setting of base moved through its levels, all else equal.
+
+    own: the level of base itself. moved: {level: (accuracy test, CE test)} against it. levels: indexed by level, mean,
+    low, high of the test accuracy, and n_steps, the length of training. of_the_best: whether base is the configuration
+    that was ablated first.
+    """
+
+    base: str
+    factor: str
+    own: float
+    moved: dict[float, tuple[Test, Test]]
+    levels: pd.DataFrame
+    of_the_best: bool
+
+    @property
+    def decided(self) -> list[Test]:
+        """Accuracy tests of levels that are better or worse."""
+        return [accuracy for accuracy, _ in self.moved.values() if accuracy["verdict"] in (BETTER, WORSE)]
+
+    @property
+    def undecided(self) -> list[tuple[Test, Test]]:
+        """Both tests of levels whose accuracy is undecided."""
+        return [pair for pair in self.moved.values() if pair[0]["verdict"] == UNDECIDED]
+
+    @property
+    def smaller_and_no_worse(self) -> Test | None:
+        """The accuracy test of the smallest level below own that loses nothing by accuracy or CE."""
+        for level, (accuracy, ce) in self.moved.items():
+            if level < self.own and accuracy["verdict"] in (SAME, BETTER) and ce["verdict"] != WORSE:
+                return accuracy
+        return None
+
+
 class Comparisons:
     """All tests of one report, Holm-adjusted together, and the verdicts that follow.
 
@@ -93,14 +130,17 @@ class Comparisons:
         for (role, base, factor, level), rows in in_order.groupby(columns, dropna=False, sort=False):
             key = (role, base, factor, None if math.isnan(level) else level)
             self._groups[key] = {name: rows[name].to_numpy() for name in rows}
+        self.levels: dict[tuple[str, str], list[float]] = {}  # of each ablation (base, factor), in the plan's order
+        for role, base, factor, level in self._groups:
+            if not role:
+                self.levels[base, factor] = sorted([*self.levels.get((base, factor), []), level])
         confirmed = runs[runs["role"] != ""].groupby("role", sort=False)
         means = {name: confirmed[name].mean() for name in ("test_accuracy", "test_ce")}
         self.roles: list[str] = list(means["test_ce"].sort_values(kind="stable").index)
         best = best or choose_best(runs)
         self.best_accuracy, self.best_ce = best["accuracy"], best["ce"]
-        factors = runs[runs["factor"] != ""]
-        ablated = [base for base in dict.fromkeys(factors["base"]) if base != TRIAL_2]
-        self.base: str = ablated[0] if ablated else self.best_ce  # what BEST means in a Contrast
+        # what BEST means in a Contrast
+        self.base: str = next((base for base, _ in self.levels if base != TRIAL_2), self.best_ce)
         low, high = evidence.sample_interval(means["test_accuracy"].max(), n_test)
         self.sees_margin = (high - low) / 2 <= MARGIN
         self.tests = self._all_tests()
@@ -122,34 +162,28 @@ class Comparisons:
     def again(self, role: str) -> Run | None:
         """A role or BEST as it was measured for its ablation, by seeds that did not choose it. None if it was not."""
         role = self._role(role)
-        factor = next((factor for base, factor in self.ablated() if base == role), None)
+        factor = next((factor for base, factor in self.levels if base == role), None)
         return self.group(role, factor, self.own_level(role, factor)) if factor else None
-
-    def levels(self, base: str, factor: str) -> list[float]:
-        """The levels of an ablation, in order."""
-        base = self._role(base)
-        return sorted(level for role, b, f, level in self._groups if not role and (b, f) == (base, factor))
-
-    def ablated(self) -> list[tuple[str, str]]:
-        """(base, factor) of every ablation, in the order of the plan."""
-        return list(dict.fromkeys((b, f) for role, b, f, _ in self._groups if not role))
 
     def own_level(self, base: str, factor: str) -> float:
         """The level that the base configuration itself has."""
         return self.group("", "role", self._role(base))[factor.removesuffix(", equal samples")][0]
 
-    def means(self, base: str, factor: str) -> pd.DataFrame:
-        """One row for each level of an ablation: level, and mean, low, high of its test accuracy."""
-        groups = {level: self.group(base, factor, level)["test_accuracy"] for level in self.levels(base, factor)}
-        rows = [(level, *evidence.mean_interval(accuracy)) for level, accuracy in groups.items()]
-        return pd.DataFrame(rows, columns=["level", "mean", "low", "high"])
-
-    def moved(self, base: str, factor: str) -> dict[float, tuple[Test, Test]]:
-        """{level: (accuracy test, CE test)} of an ablation against the base's own level."""
-        t = self.tests
-        rows = t[(t["kind"] == "ablation") & (t["base"] == base) & (t["factor"] == factor)]
-        by_level = {name: part.to_dict("records") for name, part in rows.groupby("a")}
-        return {x: tuple(by_level[_name(x)]) for x in self.levels(base, factor) if _name(x) in by_level}
+    @cached_property
+    def ablations(self) -> list[Ablation]:
+        """Every ablation, in the order of the plan."""
+        tests, found = self.tests[self.tests["kind"] == "ablation"], []
+        for (base, factor), levels in self.levels.items():
+            rows, own = [], self.own_level(base, factor)
+            for level in levels:
+                run = self.group(base, factor, level)
+                rows.append((level, *evidence.mean_interval(run["test_accuracy"]), run["n_steps"][0]))
+            table = pd.DataFrame(rows, columns=["level", "mean", "low", "high", "n_steps"]).set_index("level")
+            here = tests[(tests["base"] == base) & (tests["factor"] == factor)]
+            pairs = {a: tuple(pair.to_dict("records")) for a, pair in here.groupby("a")}  # accuracy comes before CE
+            moved = {level: pairs[_name(level)] for level in levels if level != own}
+            found.append(Ablation(base, factor, own, moved, table, base == self.base))
+        return found
 
     def _all_tests(self) -> pd.DataFrame:
         rows = []
@@ -157,9 +191,9 @@ class Comparisons:
             for best, score in ((self.best_accuracy, "test_accuracy"), (self.best_ce, "test_ce")):
                 if role != best:
                     rows.append(self._test("confirmed", "", "role", role, best, score))
-        for base, factor in self.ablated():
+        for (base, factor), levels in self.levels.items():
             own = self.own_level(base, factor)
-            for level in self.levels(base, factor):
+            for level in levels:
                 if level != own:
                     rows += [self._test("ablation", base, factor, level, own, s) for s in ("test_accuracy", "test_ce")]
         contrasts = dict.fromkeys(c for claim in CLAIMS for c in claim.contrasts)
@@ -170,10 +204,9 @@ class Comparisons:
         has = tests["p_equivalence"].notna()
         tests["p_equivalence_holm"] = math.nan
         tests.loc[has, "p_equivalence_holm"] = evidence.holm(tests.loc[has, "p_equivalence"])
-        columns = zip(tests["effect"], tests["p_holm"], tests["p_equivalence_holm"], tests["score"], strict=True)
         tests["verdict"] = [
-            evidence.verdict_on_effect(effect, p, p_equivalence, score == "test_ce")
-            for effect, p, p_equivalence, score in columns
+            evidence.verdict_on_effect(test.effect, test.p_holm, test.p_equivalence_holm, test.score == "test_ce")
+            for test in tests.itertuples()
         ]
         return tests
 
@@ -239,15 +272,14 @@ class Comparisons:
         """What came of every claim.  others: {record: Decision} of those that other records decide."""
         decided = {claim: self.decide(claim) for claim in CLAIMS}
         for claim, decision in decided.items():
-            if others and decision.verdict == NOT_TESTED and claim.record in others:
-                decided[claim] = others[claim.record]
+            if decision.verdict == NOT_TESTED:
+                decided[claim] = (others or {}).get(claim.record, decision)
         return decided
 
-    def shared(self, quotes: Collection[str]) -> int:
+    def shared(self, claims: Iterable[Claim]) -> int:
         """How many of these claims rest on comparisons that another of them rests on as well, and on nothing else."""
-        contrasts = [claim.contrasts for claim in CLAIMS if claim.quote in quotes]
-        distinct = [{(self._role(c.base), *c[1:]) for c in several} for several in contrasts]
-        return sum(bool(one) and distinct.count(one) > 1 for one in distinct)
+        contrasts = [{(self._role(c.base), *c[1:]) for c in claim.contrasts} for claim in claims]
+        return sum(bool(one) and contrasts.count(one) > 1 for one in contrasts)
 
     def next_space(self, space: Mapping[str, Any]) -> dict[str, Any]:
         """The space for the next search: decided evidence alone changes the one that was searched.
@@ -256,26 +288,24 @@ class Comparisons:
         then ends at the outermost level that was tested in it and stays. A level outside comes in if it is better, and
         so does the base's own level.
         """
-        t, new = self.tests, {}
-        t = t[(t["kind"] == "ablation") & (t["base"] == self.base) & (t["score"] == "test_accuracy")]
-        for name, entry in space.items():
-            if (self.base, name) not in self.ablated():
-                new[name] = entry
+        new = dict(space)
+        for ablation in self.ablations:
+            name, entry = ablation.factor, space.get(ablation.factor)
+            if entry is None or not ablation.of_the_best:
                 continue
-            rows, kind = t[t["factor"] == name].set_index("a"), type(getattr(Hyperparameters, name))
-            dead = set(rows[(rows["verdict"] == WORSE) & (rows["effect"] < -MARGIN)].index)
-            better = {*rows[rows["verdict"] == BETTER].index, _name(self.own_level(self.base, name))}
-            tested = self.levels(self.base, name)
+            accuracy = {level: test for level, (test, _) in ablation.moved.items()}
+            dead = {x for x, test in accuracy.items() if test["verdict"] == WORSE and test["effect"] < -MARGIN}
+            better = {x for x, test in accuracy.items() if test["verdict"] == BETTER} | {ablation.own}
             inside = entry
             if not isinstance(entry, list):  # an end that was not tested itself goes with the level beside it
-                inside = [x for x in tested if entry["low"] <= x <= entry["high"]]
-                ends = zip((entry["low"], entry["high"]), (inside[:1], inside[-1:]), strict=True)
-                inside += [end for end, beside in ends if not (beside and _name(beside[0]) in dead)]
-            stay = [x for x in inside if _name(x) not in dead] + [x for x in tested if _name(x) in better]
-            kept = sorted({kind(x) for x in stay})
-            if not isinstance(entry, list):
-                kept = entry | {"low": kept[0], "high": kept[-1]} if len(kept) > 1 else entry
-            new[name] = kept
+                inside = [x for x in ablation.levels.index if entry["low"] <= x <= entry["high"]]
+                ends = ((entry["low"], inside[:1]), (entry["high"], inside[-1:]))
+                inside += [end for end, beside in ends if not beside or beside[0] not in dead]
+            kept = sorted({KINDS[name](x) for x in {*inside, *better} - dead})
+            if isinstance(entry, list):
+                new[name] = kept
+            elif len(kept) > 1:
+                new[name] = entry | {"low": kept[0], "high": kept[-1]}
         return new
 
 
@@ -291,7 +321,7 @@ def from_reproduction(trial_1: pd.DataFrame, trial_2: pd.DataFrame, published: f
     if ce.high < 0 and accuracy.high < 0:
         lower = SUPPORTED
     elif ce.low > 0 or accuracy.low > 0:
-        lower = evidence.REFUTED
+        lower = REFUTED
     holds = evidence.verdict_on_score(published, low, high)
     return {
         "published_accuracy": Decision(holds, "published_accuracy", {"accuracy": (mean, low, high)}),

@@ -17,20 +17,19 @@ from numpy.typing import ArrayLike
 from scipy import optimize
 
 from ctbprn_lib import InputError, confirm, evidence, files, published, search, storage, workers
-from ctbprn_lib.evidence import BETTER, LEVEL, REFUTED, SAME, SUPPORTED, UNDECIDED, WORSE
+from ctbprn_lib.evidence import LEVEL, NOT_TESTED, REFUTED, SUPPORTED, UNDECIDED
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.report.comparisons import (
     BEST,
-    EQUAL_SAMPLES,
     TRIAL_2,
+    Ablation,
     Claim,
     Comparisons,
     Contrast,
     Decision,
-    Test,
     from_reproduction,
 )
-from ctbprn_lib.search import HYPERPARAMETERS, PLACEBO
+from ctbprn_lib.search import HYPERPARAMETERS
 from ctbprn_lib.tasks import RoutingTask
 from ctbprn_lib.train import Hyperparameters
 
@@ -39,6 +38,7 @@ Row = dict[str, Any]
 GOAL = {"accuracy": 0.995, "ce": 0.02}  # this project's, on the routing task
 SHOW_BALANCED = 0.6  # share of the largest class above which accuracy says little by itself
 RULES = ("majority class", "linear rule")  # the simple rules that a result must beat, of a task's baselines
+SHAPE = ["d", "rank", "batch_size", "seq_len"]  # hyperparameters that memory depends on
 SIZES = ["A_mib", "W_mib", "I_mib"]
 
 
@@ -109,17 +109,6 @@ class Facts:
         ended = [trial for trial in self.finished.values() if trial.state in workers.FINISHED]
         return sum("fixed_params" in trial.system_attrs for trial in ended)
 
-    @property
-    def is_repeatable(self) -> bool:
-        """Whether the same command gives the same trials: what is suggested depends on what was there before."""
-        return self.n_calls == 1 and not self.n_enqueued and not self.foreign
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """{state: number of trials}."""
-        counts = self.trials["state"].value_counts()
-        return {state: int(counts[state]) for state in ("complete", "pruned", "fail", "running") if state in counts}
-
     @cached_property
     def complete(self) -> pd.DataFrame:
         return self.trials[self.trials["state"] == "complete"].reset_index(drop=True)
@@ -133,7 +122,7 @@ class Facts:
     @property
     def by_ce(self) -> Row:
         """The best complete trial by CE."""
-        return self.complete.loc[[self.complete["val_ce"].idxmin()]].to_dict("records")[0]
+        return self.complete.nsmallest(1, "val_ce").to_dict("records")[0]
 
     @property
     def n_validation(self) -> int:
@@ -192,31 +181,18 @@ class Facts:
         return {"trial": self.complete.loc[cheapest, "trial"], "share": share} if share < 0.9 else None
 
     @property
-    def largest(self) -> Row:
-        """The complete trial that took the most memory."""
-        return self.complete.loc[[self.complete["peak_mem_mib"].idxmax()]].to_dict("records")[0]
-
-    @property
     def rule(self) -> Rule:
-        return best_rule(self.baselines)
+        """The simple rule that a result must beat: the best one."""
+        levels = {rule: self.baselines[rule] for rule in RULES if rule in self.baselines}
+        best = max(levels, key=levels.__getitem__)
+        return Rule(best, levels.pop(best), levels)
 
     @property
     def beside_rule(self) -> tuple[str, float, float]:
-        """(word, low, high): whether the best accuracy is "above" or "below" the best simple rule, "" if neither.
-
-        It is so if the rule lies outside the interval over replicas and outside that over samples, low to high.
-        """
-        row, level = self.by_accuracy, self.rule.accuracy
+        """(beside of the best accuracy and the best simple rule, low, high), low to high its interval over samples."""
+        row = self.by_accuracy
         low, high = evidence.sample_interval(row["val_accuracy"], self.n_validation)
-        ends = np.array([low, high, row["val_accuracy_low"], row["val_accuracy_high"]])
-        word = "above" if (level < ends).all() else ""
-        return "below" if (level > ends).all() else word, low, high
-
-    @property
-    def origin(self) -> str:
-        """Commit, versions and devices of the complete trials."""
-        columns = {"commit": "commit", "torch": "torch", "Optuna": "optuna", "Python": "python", "device": "device"}
-        return "; ".join(f"{name} {_distinct(self.complete[column])}" for name, column in columns.items())
+        return beside(self.rule, low, high, row["val_accuracy_low"], row["val_accuracy_high"]), low, high
 
     def copies(self, split: str) -> int | None:
         """How many samples of a split are exact copies of samples in other splits; None if nobody has counted."""
@@ -225,33 +201,23 @@ class Facts:
         return self.samples.get("copies", {}).get(split)
 
     @property
-    def searches(self) -> list[Row]:
-        """Every sampler and pruner that trials were made with, in the order of their first use."""
-        return self.trials.drop_duplicates(["sampler", "pruner"])[["sampler", "pruner"]].to_dict("records")
-
-    @property
     def calls(self) -> list[Row]:
         """The sampler and pruner of each call of the search, with n_trials, the number of trials at its end."""
-        ended = self.trials[self.trials["state"].isin(["complete", "pruned"])]
-        changed = (ended[["sampler", "pruner"]] != ended[["sampler", "pruner"]].shift()).any(axis=1).cumsum()
-        calls = []
-        for _, part in ended.groupby(changed):
-            n_trials = int((ended["trial"] <= part["trial"].max()).sum())
-            calls.append({"n_trials": n_trials} | part[["sampler", "pruner"]].iloc[0].to_dict())
-        return calls
+        ended = self.trials[self.trials["state"].isin(["complete", "pruned"])].reset_index(drop=True)
+        how = ended[["sampler", "pruner"]]
+        last = how[(how != how.shift(-1)).any(axis=1)]  # the next trial was asked for in another way, or is none
+        return last.assign(n_trials=last.index + 1).to_dict("records")
 
     @property
-    def curves(self) -> tuple[list[int], dict[str, dict[str, np.ndarray]]]:
+    def curves(self) -> tuple[list[int], dict[str, dict[str, ArrayLike]]]:
         """(steps, {score: {label: (evaluations, R)}}) of the two best and the two worst complete trials by CE."""
         ordered = self.complete.sort_values("val_ce")["trial"].tolist()
-        chosen = {
-            f"trial {number}": self.finished[number].user_attrs for number in dict.fromkeys(ordered[:2] + ordered[-2:])
-        }
+        chosen = {number: self.finished[number].user_attrs for number in ordered[:2] + ordered[-2:]}
         curves = {
-            name: {label: np.array(kept["curves"][name], dtype=float) for label, kept in chosen.items()}
+            name: {f"trial {number}": kept["curves"][name] for number, kept in chosen.items()}
             for name in ("val_ce", "val_accuracy")
         }
-        return next(iter(chosen.values()))["steps"], curves
+        return chosen[ordered[0]]["steps"], curves
 
     @property
     def running_best(self) -> np.ndarray:
@@ -266,56 +232,6 @@ class Facts:
             return pd.DataFrame(columns=["name", "importance", "low", "high", "beats_placebo"])
         return evidence.importance([self.finished[number] for number in self.ended["trial"]], self.ended["standing"])
 
-    @property
-    def placebo_share(self) -> float:
-        return float(self.importance.set_index("name").loc[PLACEBO, "importance"])
-
-    @property
-    def important(self) -> list[Row]:
-        """Hyperparameters whose share of the importance beats the placebo's."""
-        shares = self.importance
-        return shares[(shares["name"] != PLACEBO) & shares["beats_placebo"].astype(bool)].to_dict("records")
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """One setting of base moved through its levels, all else equal.
-
-    own: the level of base itself. moved: {level: (accuracy test, CE test)} against it. means: accuracy at each level.
-    n_steps: {level: length of training}. of_the_best: whether base is the configuration that was ablated first.
-    """
-
-    base: str
-    factor: str
-    own: float
-    moved: dict[float, tuple[Test, Test]]
-    means: pd.DataFrame
-    n_steps: dict[float, int]
-    of_the_best: bool
-
-    @property
-    def has_decided(self) -> bool:
-        return bool(self.decided())
-
-    @property
-    def has_undecided(self) -> bool:
-        return bool(self.undecided())
-
-    def decided(self) -> list[Test]:
-        """Accuracy tests of levels that are better or worse."""
-        return [accuracy for accuracy, _ in self.moved.values() if accuracy["verdict"] in (BETTER, WORSE)]
-
-    def undecided(self) -> list[tuple[Test, Test]]:
-        """Both tests of levels whose accuracy is undecided."""
-        return [pair for pair in self.moved.values() if pair[0]["verdict"] == UNDECIDED]
-
-    def smaller_and_no_worse(self) -> Test | None:
-        """The accuracy test of the smallest level below own that loses nothing by accuracy or CE."""
-        for level, (accuracy, ce) in self.moved.items():
-            if level < self.own and accuracy["verdict"] in (SAME, BETTER) and ce["verdict"] != WORSE:
-                return accuracy
-        return None
-
 
 @dataclass(frozen=True)
 class Confirmed:
@@ -323,7 +239,7 @@ class Confirmed:
 
     runs, about: confirm.records. n_test: samples of a test score. tuned: search.records.
     memory_table: measured_memory of all trainings, with predicted_mib of memory_rule, which is None for few of them.
-    decisions: {claim: its verdict}, None for another task than the original's. next_space: where to search next.
+    decisions: {claim: its verdict}, {} for another task than the original's. next_space: where to search next.
     """
 
     runs: pd.DataFrame
@@ -333,33 +249,26 @@ class Confirmed:
     comparisons: Comparisons
     memory_table: pd.DataFrame
     memory_rule: "MemoryRule | None"
-    decisions: dict[Claim, Decision] | None
+    decisions: dict[Claim, Decision]
     next_space: dict[str, Any]
-    is_original_task: bool
 
     @property
     def best(self) -> dict[str, str]:
         """{"accuracy": role, "ce": role} of the best configurations, as confirm.ipynb chose and saved them."""
         return self.about["best"]
 
-    def value(self, role: str, name: str) -> Any:
-        """A hyperparameter, or n_steps, of a configuration."""
-        return self.comparisons.group("", "role", role)[name][0]
+    def scores(self, role: str, name: str) -> np.ndarray:
+        """(n_seeds,) a column of runs for a configuration: a score, or a hyperparameter, which is the same in all."""
+        return self.comparisons.group("", "role", role)[name]
 
     def interval(self, role: str, name: str) -> Interval:
-        """A test score of a configuration, or of its ablation's own seeds for "again: role"."""
-        return evidence.mean_interval(self.comparisons.group("", "role", role)[name], nats=name == "test_ce")
-
-    def routed(self, role: str) -> Interval | None:
-        """(mean, lowest, highest) share of samples routed to the true area, over seeds; None if it is not known."""
-        shares = self.comparisons.group("", "role", role)["route_accuracy"]
-        return (shares.mean(), shares.min(), shares.max()) if shares.mean() >= 0 else None
+        """A test score of a configuration."""
+        return evidence.mean_interval(self.scores(role, name), nats=name == "test_ce")
 
     def tuning_row(self, role: str) -> Row | None:
         """The trial that a role "trial 3" names, or None."""
-        if not role.startswith("trial "):
-            return None
-        return self.tuned[self.tuned["trial"] == int(role.removeprefix("trial "))].to_dict("records")[0]
+        rows = self.tuned[("trial " + self.tuned["trial"].astype(str)) == role]
+        return rows.to_dict("records")[0] if len(rows) else None
 
     def others(self, score: str) -> tuple[int, list[str]]:
         """(number of the other configurations, those that cannot be told from the best by this test score)."""
@@ -367,14 +276,9 @@ class Confirmed:
         others = t[(t["kind"] == "confirmed") & (t["score"] == score)]
         return len(others), others.loc[others["p_holm"] >= LEVEL, "a"].tolist()
 
-    @cached_property
+    @property
     def ablations(self) -> list[Ablation]:
-        e, found = self.comparisons, []
-        for base, factor in e.ablated():
-            n_steps = {level: e.group(base, factor, level)["n_steps"][0] for level in e.levels(base, factor)}
-            own, moved, means = e.own_level(base, factor), e.moved(base, factor), e.means(base, factor)
-            found.append(Ablation(base, factor, own, moved, means, n_steps, base == e.base))
-        return found
+        return self.comparisons.ablations
 
     def ablation(self, factor: str) -> Ablation | None:
         """The ablation of a factor at the best."""
@@ -383,31 +287,25 @@ class Confirmed:
     @property
     def published_best(self) -> Row | None:
         """The published trial 2 beside the best, both by seeds that did not choose the best; None if it is the best."""
-        for test in self.comparisons.of(Contrast("", "role", (TRIAL_2,), (BEST,))):
-            again = self.comparisons.again(TRIAL_2)
-            assert again is not None  # or there would be no such test
-            interval = evidence.mean_interval(again["test_accuracy"])
-            return {"test": test, "interval": interval, "best": self.comparisons.base}
-        return None
+        again = self.comparisons.again(TRIAL_2)
+        tests = self.comparisons.of(Contrast("", "role", (TRIAL_2,), (BEST,)))
+        if again is None or not tests:
+            return None
+        return {"test": tests[0], "interval": evidence.mean_interval(again["test_accuracy"])}
 
     def beside_rule(self, rule: Rule) -> str:
-        """Whether the best accuracy is "above" or "below" a rule, "" if neither; seeds and samples both leave room."""
+        """beside of the best accuracy and a rule; seeds and samples both leave room."""
         mean, *ends = self.interval(self.best["accuracy"], "test_accuracy")
-        ends += evidence.sample_interval(mean, self.n_test)
-        if min(ends) > rule.accuracy:
-            return "above"
-        return "below" if max(ends) < rule.accuracy else ""
+        return beside(rule, *ends, *evidence.sample_interval(mean, self.n_test))
 
     @property
     def gaps(self) -> pd.DataFrame:
-        """One row for each confirmed trial: val_accuracy of its tuning and test_accuracy, with _low and _high."""
+        """The tuning rows of the confirmed trials, with their test_accuracy and its _low and _high."""
         rows = []
         for role in self.comparisons.roles:
             if row := self.tuning_row(role):
-                names = ("test_accuracy", "test_accuracy_low", "test_accuracy_high")
-                now = dict(zip(names, self.interval(role, "test_accuracy"), strict=True))
-                then = {name: row[name] for name in ("val_accuracy", "val_accuracy_low", "val_accuracy_high")}
-                rows.append({"trial": row["trial"]} | then | now)
+                mean, low, high = self.interval(role, "test_accuracy")
+                rows.append(row | {"test_accuracy": mean, "test_accuracy_low": low, "test_accuracy_high": high})
         return pd.DataFrame(rows)
 
     @property
@@ -418,13 +316,13 @@ class Confirmed:
             return None
         gap = evidence.compare(gaps["val_accuracy"], gaps["test_accuracy"], paired=True)
         most = (gaps["val_accuracy"] - gaps["test_accuracy"]).max()
-        return {"interval": (gap.effect, gap.low, gap.high), "most": most, "n_trials": len(gaps)}
+        return {"interval": gap[:3], "most": most, "n_trials": len(gaps)}
 
     @property
     def missed(self) -> dict[str, float]:
         """By how much the project's goal is missed: {"accuracy": share, "ce": nats}, without what is reached."""
-        accuracy = self.comparisons.group("", "role", self.best["accuracy"])["test_accuracy"].mean()
-        ce = self.comparisons.group("", "role", self.best["ce"])["test_ce"].mean()
+        accuracy = self.scores(self.best["accuracy"], "test_accuracy").mean()
+        ce = self.scores(self.best["ce"], "test_ce").mean()
         gaps = {"accuracy": GOAL["accuracy"] - accuracy, "ce": ce - GOAL["ce"]}
         return {name: gap for name, gap in gaps.items() if gap > 0}
 
@@ -438,14 +336,8 @@ class Confirmed:
         accuracy, ce = ablation.moved[longest]
         if ce["p_holm"] >= LEVEL:
             return None
-        scores = self.comparisons.group(ablation.base, "n_steps", longest)["test_accuracy"]
-        reached = evidence.mean_interval(scores)
+        reached = ablation.levels.loc[longest, ["mean", "low", "high"]].tolist()
         return {"n_steps": longest, "own": ablation.own, "accuracy": accuracy, "ce": ce, "reached": reached}
-
-    @property
-    def equal_samples(self) -> Ablation | None:
-        """The batch size moved where all see equally many samples."""
-        return self.ablation(EQUAL_SAMPLES)
 
     @property
     def power(self) -> list[Row]:
@@ -458,38 +350,19 @@ class Confirmed:
         ]
 
     @property
-    def origin(self) -> str:
-        """Commits, versions of torch and devices of the trainings."""
-        return "; ".join(_distinct(self.trainings[name]) for name in ("commit", "torch", "device"))
-
-    def seeds_that_decide(self, ablation: Ablation) -> float:
-        """Seeds a level that would decide what an ablation leaves undecided by accuracy."""
-        return self.comparisons.seeds_needed([accuracy for accuracy, _ in ablation.undecided()])
-
-    @property
-    def verdicts(self) -> dict[str, int]:
-        """{verdict: number of claims}."""
-        verdicts = [decision.verdict for decision in (self.decisions or {}).values()]
-        order = (SUPPORTED, REFUTED, SAME, UNDECIDED, evidence.NOT_TESTED)
-        return {verdict: verdicts.count(verdict) for verdict in order}
-
-    @property
     def n_shared(self) -> int:
         """How many supported claims rest on comparisons that others rest on as well."""
-        supported = {c.quote for c, decision in (self.decisions or {}).items() if decision.verdict == SUPPORTED}
-        return self.comparisons.shared(supported)
+        return self.comparisons.shared([claim for claim, one in self.decisions.items() if one.verdict == SUPPORTED])
 
     @property
     def open_claims(self) -> dict[Claim, Decision]:
         """The claims that are undecided or not tested."""
-        still = (UNDECIDED, evidence.NOT_TESTED)
-        return {claim: one for claim, one in (self.decisions or {}).items() if one.verdict in still}
+        return {claim: one for claim, one in self.decisions.items() if one.verdict in (UNDECIDED, NOT_TESTED)}
 
     @property
     def trainings(self) -> pd.DataFrame:
         """One row for each training, however many questions it answers."""
-        runs = self.runs.assign(ablated=self.runs["base"] != "")
-        return runs.drop_duplicates([*HYPERPARAMETERS, "n_steps", "ablated"])
+        return trainings_of(self.runs)
 
 
 def load(study_name: str, storage_url: str = "") -> Facts:
@@ -528,39 +401,43 @@ def load(study_name: str, storage_url: str = "") -> Facts:
 
 def confirmed(facts: Facts, runs: pd.DataFrame, about: dict[str, Any]) -> Confirmed:
     """What runs and about (of confirm.records) show, beside the tuning facts."""
-    n_test = facts.task.get("n_samples", {}).get("test", about["n_test"])
+    task, n_replicas = facts.task, facts.budget["n_replicas"]
+    n_test = task.get("n_samples", {}).get("test", about["n_test"])
     comparisons = Comparisons(runs, n_test, about["best"])
-    is_original_task = facts.task["task"] == "routing" and facts.task["n_tokens"] == 128
-    result = Confirmed(runs, about, n_test, facts.trials, comparisons, pd.DataFrame(), None, None,
-                       comparisons.next_space(facts.space), is_original_task)  # fmt: skip
-    table = pd.concat([measured_memory(facts.trials, facts.budget["n_replicas"], facts.task),
-                       measured_memory(result.trainings, comparisons.n_seeds, facts.task)])  # fmt: skip
-    rule = None
+    tuning, confirming = (
+        measured_memory(facts.trials, n_replicas, task),
+        measured_memory(trainings_of(runs), comparisons.n_seeds, task),
+    )
+    table, rule = pd.concat([tuning, confirming]), None
     if len(table) >= 6:
         rule = fit_memory_rule(table[SIZES].to_numpy(), table["measured_mib"])
         table["predicted_mib"] = rule.predict(table[SIZES].to_numpy())
-    decisions = None
-    if is_original_task:
-        devices = pd.concat([facts.complete["device"], runs["device"]])
-        on_gpu = not devices.str.startswith("CPU").any()
-        decisions = comparisons.claims(other_decisions(runs, rule, facts.task, about["largest_batch"], on_gpu))
-    return replace(result, memory_table=table, memory_rule=rule, decisions=decisions)
+    decisions = {}
+    if task["task"] == "routing" and task["n_tokens"] == 128:  # the original's
+        on_gpu = not pd.concat([facts.complete["device"], runs["device"]]).str.startswith("CPU").any()
+        decisions = comparisons.claims(other_decisions(runs, rule, task, about["largest_batch"], on_gpu))
+    next_space = comparisons.next_space(facts.space)
+    return Confirmed(runs, about, n_test, facts.trials, comparisons, table, rule, decisions, next_space)
 
 
-def _distinct(values: pd.Series) -> str:
-    return ", ".join(sorted(set(map(str, values))))
+def trainings_of(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row of runs (of confirm.records) for each training, however many questions it answers."""
+    return runs.assign(ablated=runs["base"] != "").drop_duplicates([*HYPERPARAMETERS, "n_steps", "ablated"])
+
+
+def beside(rule: Rule, *ends: float) -> str:
+    """Where a score, given by the ends of its intervals, lies beside a rule.
+
+    Returns "above" or "below" if all ends do, else "".
+    """
+    if all(end > rule.accuracy for end in ends):
+        return "above"
+    return "below" if all(end < rule.accuracy for end in ends) else ""
 
 
 def _baselines(baselines: Mapping[str, float]) -> dict[str, float]:
     """Baselines under today's names: studies of before called the majority class chance."""
     return {"majority class" if rule == "chance" else rule: level for rule, level in baselines.items()}
-
-
-def best_rule(baselines: Mapping[str, float]) -> Rule:
-    """The simple rule that a result must beat: the best one."""
-    levels = {rule: baselines[rule] for rule in RULES if rule in baselines}
-    best = max(levels, key=levels.__getitem__)
-    return Rule(best, levels[best], {rule: level for rule, level in levels.items() if rule != best})
 
 
 def other_decisions(
@@ -569,7 +446,7 @@ def other_decisions(
     """{record: Decision} of the claims that other records decide: the tables of reports/reproduce, and memory."""
     found, folder = {}, storage.REPORTS / "reproduce"
     if runs["route_accuracy"].isna().all():
-        found["routing"] = Decision(evidence.NOT_TESTED, "routing")
+        found["routing"] = Decision(NOT_TESTED, "routing")
     if (folder / "trial_1_seeds.csv").exists():
         one, two = (scores_of_seeds(folder / f"trial_{n}_seeds.csv") for n in (1, 2))
         found |= from_reproduction(one, two, published.TABLE.loc[2, "val_accuracy"])
@@ -629,8 +506,8 @@ def fit_memory_rule(sizes: ArrayLike, mib: ArrayLike) -> MemoryRule:
         out = shapes == shape
         coefficients = optimize.nnls(X[~out], np.ones((~out).sum()))[0]
         errors.append(np.median(abs(X[out] @ coefficients - 1)))
-    per_activation, per_parameter, per_input, constant = map(float, optimize.nnls(X, np.ones(len(mib)))[0])
-    return MemoryRule(per_activation, per_parameter, per_input, constant, float(np.median(errors)))
+    coefficients = optimize.nnls(X, np.ones(len(mib)))[0]
+    return MemoryRule(*map(float, [*coefficients, np.median(errors)]))
 
 
 def measured_memory(trials: pd.DataFrame, n_replicas: int, task: dict) -> pd.DataFrame:
@@ -641,10 +518,9 @@ def measured_memory(trials: pd.DataFrame, n_replicas: int, task: dict) -> pd.Dat
     rows = []
     for _, row in trials[trials["peak_mem_mib"] > 0].iterrows():
         hp = search.hyperparameters(row)
-        shape = dict(n_replicas=n_replicas, d=hp.d, rank=hp.rank, batch_size=hp.batch_size, seq_len=hp.seq_len)
         sizes = memory_sizes(hp, task, n_replicas, row["n_parameters"])
-        rows.append(shape | {"measured_mib": row["peak_mem_mib"]} | dict(zip(SIZES, sizes, strict=True)))
-    return pd.DataFrame(rows)
+        rows.append([n_replicas, *(getattr(hp, name) for name in SHAPE), row["peak_mem_mib"], *sizes])
+    return pd.DataFrame(rows, columns=["n_replicas", *SHAPE, "measured_mib", *SIZES])
 
 
 def predicted_memory(rule: MemoryRule, hp: Hyperparameters, task: dict) -> float:
@@ -659,17 +535,21 @@ def memory_decisions(rule: MemoryRule, task: dict, largest: Row, on_gpu: bool) -
     largest: what confirm.largest_batch found. on_gpu: whether that and the rule are of a GPU's memory.
     """
     space = search.default_space(RoutingTask())
-    levels = [space[name] for name in ("d", "rank", "batch_size", "seq_len")]
-    shapes = [
-        Hyperparameters(d=d, rank=rank, batch_size=batch_size, seq_len=seq_len)
-        for d, rank, batch_size, seq_len in itertools.product(*levels)
-    ]
+    shapes = itertools.product(*(space[name] for name in SHAPE))
     needed = predicted_memory(rule, published.hyperparameters(2), task)
-    all_needed = np.array([predicted_memory(rule, hp, task) for hp in shapes])
+    all_needed = np.array(
+        [predicted_memory(rule, Hyperparameters(**dict(zip(SHAPE, shape, strict=True))), task) for shape in shapes]
+    )
     less = float((all_needed < needed).mean())
     least = REFUTED if less > 0 else SUPPORTED
     larger = SUPPORTED if largest["batch_size"] > 32 else REFUTED
-    values = {"on_gpu": on_gpu, "mib": needed, "share_less": less, "n_shapes": len(shapes), "least": all_needed.min()}
+    values = {
+        "on_gpu": on_gpu,
+        "mib": needed,
+        "share_less": less,
+        "n_shapes": len(all_needed),
+        "least": all_needed.min(),
+    }
     return {
         "least_memory": Decision(least if on_gpu else UNDECIDED, "least_memory", values),
         "largest_batch": Decision(larger if on_gpu else UNDECIDED, "largest_batch", {"on_gpu": on_gpu} | largest),

@@ -10,8 +10,8 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import ArrayLike
 
 from ctbprn_lib import files
@@ -22,6 +22,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#777777",
 )  # fmt: skip
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
+Point = tuple[float, float]
 LABELS = {
     **{name: entry.axis for name, entry in TABLE.items()},
     "n_steps": "length of training (steps)",
@@ -44,9 +45,12 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
+    "legend.fontsize": 9,
 }
 mpl.rcdefaults()  # pictures are the same whatever the user's own matplotlibrc says
 mpl.rcParams.update(STYLE)
+POINTS: dict[str, Any] = {"fmt": "o", "ms": 5, "lw": 1}  # of an errorbar
+TRIAL = "trial: mean and 95 % interval over replicas"  # what a point and its bars are
 FEW = 6  # trials, of which each has its number beside it
 LONGEST_NAME = 30  # characters of a name from outside that a picture has room for
 
@@ -56,12 +60,15 @@ def scatter(
 ) -> Axes:
     """One point a trial with its interval over replicas, where the columns <name>_low and <name>_high hold one."""
     xs, ys = _scaled(trials, x), _scaled(trials, y)
-    ax.errorbar(xs, ys, xerr=_bars(trials, x), yerr=_bars(trials, y), fmt="o", ms=5, lw=1, color=color, label=label)
+    ax.errorbar(xs, ys, xerr=_bars(trials, x), yerr=_bars(trials, y), color=color, label=label, **POINTS)
     ax.set(xlabel=LABELS[x], ylabel=LABELS[y])
     if x == "lr":
-        _log_axis(ax)
+        ax.set_xscale("log")
+        _plain_numbers(ax.xaxis)
     if annotate:
         _numbers(ax, trials, x, y)
+    if label:
+        ax.legend()
     return ax
 
 
@@ -76,7 +83,7 @@ def learning_curves(
 
     references {label: value}: horizontal lines in the units of the curves.
     """
-    scale = 100 if name.endswith("accuracy") else 1
+    scale = _scale(name)
     for (label, values), color in zip(curves.items(), CYCLE, strict=False):
         values = scale * np.ma.masked_invalid(np.asarray(values, dtype=float))  # replicas that have diverged
         ax.plot(steps, values.mean(1), "o-", ms=4, color=color, label=label)
@@ -84,7 +91,7 @@ def learning_curves(
     for (label, value), style in zip((references or {}).items(), ("--", ":", "-."), strict=False):
         ax.axhline(scale * value, color=GREY, ls=style, label=f"{label} {scale * value:.1f}")
     ax.set(xlabel="training step", ylabel=LABELS[name])
-    ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
@@ -93,18 +100,11 @@ def history(ax: Axes, trials: pd.DataFrame, score: str, best: np.ndarray) -> Axe
     for state, color in (("complete", BLUE), ("pruned", ORANGE)):
         part = trials[trials["state"] == state]
         if len(part):
-            ax.errorbar(part["trial"], _scaled(part, score), yerr=_bars(part, score), fmt="o", ms=5, lw=1,
-                        color=color, label=state)  # fmt: skip
-    ax.step(
-        trials["trial"],
-        best * (100 if score.endswith("accuracy") else 1),
-        where="post",
-        color=GREEN,
-        label="best so far",
-    )
+            ax.errorbar(part["trial"], _scaled(part, score), _bars(part, score), color=color, label=state, **POINTS)
+    ax.step(trials["trial"], _scale(score) * best, where="post", color=GREEN, label="best so far")
     ax.set(xlabel="trial", ylabel=LABELS[score])
-    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
-    ax.legend(fontsize=9)
+    ax.xaxis.set_major_locator(_whole_numbers())
+    ax.legend()
     return ax
 
 
@@ -132,17 +132,13 @@ def importance(ax: Axes, table: pd.DataFrame) -> Axes:
 
 
 def ablation(ax: Axes, panel: pd.DataFrame, own: float, factor: str) -> Axes:
-    """Accuracy of each level (DataFrame of level, mean, low, high) with its interval; a ring around the level own."""
+    """Accuracy of each level with its interval (mean, low, high, indexed by level), and a ring around the level own."""
     at = np.arange(len(panel))
     bars = 100 * np.array([panel["mean"] - panel["low"], panel["high"] - panel["mean"]])
-    ax.errorbar(at, 100 * panel["mean"], yerr=bars, fmt="o", ms=5, lw=1, color=BLUE)
-    at_own = panel["level"].to_numpy() == own
-    ax.plot(at[at_own], 100 * panel["mean"][at_own], "o", ms=11, mfc="none", mec=RED, mew=2)
-    ax.set_xticks(
-        at,
-        [f"{level:.3g}" if level < 1000 else f"{level:,.0f}" for level in panel["level"]],
-        rotation=45 if len(panel) > 5 else 0,
-    )
+    ax.errorbar(at, 100 * panel["mean"], bars, color=BLUE, **POINTS)
+    ax.plot(panel.index.get_loc(own), 100 * panel.loc[own, "mean"], "o", ms=11, mfc="none", mec=RED, mew=2)
+    names = [f"{level:.3g}" if level < 1000 else f"{level:,.0f}" for level in panel.index]
+    ax.set_xticks(at, names, rotation=45 if len(panel) > 5 else 0)
     ax.set(xlabel=LABELS[factor], xlim=(-0.5, len(panel) - 0.5))
     return ax
 
@@ -160,30 +156,30 @@ def parallel_coordinates(ax: Axes, trials: pd.DataFrame, names: list[str], score
     colors = mpl.cm.ScalarMappable(mpl.colors.Normalize(1, max(len(trials), 2)), "cividis")
     for i in np.argsort(-order):
         ax.plot(range(len(names)), positions[i], color=colors.to_rgba(order[i]), lw=1.5, alpha=0.85)
-    for k, _name in enumerate(names):
-        for edge, at, up in ((values[:, k].min(), 0, "top"), (values[:, k].max(), 1, "bottom")):
-            ax.annotate(f"{edge:.2g}" if edge < 10 else f"{edge:.0f}", (k, at), xytext=(0, 4 if at else -4),
-                        textcoords="offset points", ha="center", va=up, fontsize=9)  # fmt: skip
+    for ends, at, side, shift in ((values.min(0), 0, "top", -4), (values.max(0), 1, "bottom", 4)):
+        for k, end in enumerate(ends):
+            text = f"{end:.2g}" if end < 10 else f"{end:.0f}"
+            ax.annotate(text, (k, at), (0, shift), textcoords="offset points", ha="center", va=side, fontsize=9)
     ax.set_xticks(range(len(names)), [LABELS[n].split(" (")[0].replace(" ", "\n", 1) for n in names])
     ax.tick_params(axis="x", pad=16, length=0)
     ax.set(yticks=[], xlim=(-0.4, len(names) - 0.6), ylim=(-0.02, 1.1))
     ax.spines["left"].set_visible(False)
     ax.spines["bottom"].set_visible(False)
     bar = ax.figure.colorbar(colors, ax=ax, label=f"rank by {LABELS[score].split(' (')[0]}, 1 is best")
-    bar.ax.yaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
+    bar.ax.yaxis.set_major_locator(_whole_numbers())
     bar.ax.invert_yaxis()
     return ax
 
 
 def cost_and_accuracy(ax: Axes, trials: pd.DataFrame, front: np.ndarray, cost: str = "train_seconds") -> Axes:
     """Accuracy against a cost column; front (n,) True marks the trials no other beats in both."""
-    scatter(ax, trials[~front], cost, "val_accuracy", SKY, "beaten in both", annotate=False)
     best = trials[front].sort_values(cost)
-    scatter(ax, best, cost, "val_accuracy", RED, "Pareto front", annotate=False)
+    scatter(ax, trials[~front], cost, "val_accuracy", SKY, "beaten in both", annotate=False)
+    scatter(ax, best, cost, "val_accuracy", RED, "Pareto front")
     ax.step(best[cost], 100 * best["val_accuracy"], where="post", color=RED, lw=1)
-    _log_axis(ax)
-    _numbers(ax, best, cost, "val_accuracy")
-    ax.legend(fontsize=9, loc="lower right")
+    ax.set_xscale("log")
+    _plain_numbers(ax.xaxis)
+    ax.legend(loc="lower right")
     return ax
 
 
@@ -195,9 +191,8 @@ def routing(
     for (i, j), share in np.ndenumerate(np.asarray(shares)):
         ax.text(j, i, f"{100 * share:.0f} %", ha="center", va="center", color="white" if share < 0.55 else "black")
     for set_ticks, names in ((ax.set_xticks, area_names), (ax.set_yticks, row_names)):
-        shown = [
-            name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "…" for name in map(files.printable, names)
-        ]
+        printable = [files.printable(name) for name in names]
+        shown = [name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "…" for name in printable]
         set_ticks(range(len(names)), shown, parse_math=False)
     ax.set(xlabel="area the router looks at", ylabel=ylabel, title=title)
     ax.grid(visible=False)
@@ -210,20 +205,14 @@ def layer(ax: Axes, K: int) -> Axes:
     ax.axis("off")
 
     def box(x: float, y: float, w: float, h: float, text: str, color: str) -> None:
-        ax.add_patch(
-            mpl.patches.FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0.05", fc=color, ec="black", alpha=0.3)
-        )
+        shape = mpl.patches.FancyBboxPatch((x, y), w, h, "round,pad=0.05", fc=color, ec="black", alpha=0.3)
+        ax.add_patch(shape)
         ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=10)
 
-    def arrow(
-        start: tuple[float, float],
-        end: tuple[float, float],
-        label: str = "",
-        at: tuple[float, float] = (0, 0),
-        bend: float = 0.0,
-    ) -> None:
+    def arrow(start: Point, end: Point, label: str = "", at: Point = (0, 0), bend: float = 0.0) -> None:
         ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "connectionstyle": f"arc3,rad={bend}", "lw": 1.4})
-        ax.text((start[0] + end[0]) / 2 + at[0], (start[1] + end[1]) / 2 + at[1], label, fontsize=9, ha="center")
+        x, y = np.mean([start, end], axis=0) + at
+        ax.text(x, y, label, fontsize=9, ha="center")
 
     box(0.2, 1.0, 1.5, 1.4, f"areas\n$X_1 … X_{K}$", SKY)
     box(2.7, 4.2, 2.6, 1.4, "basal-ganglia controller\n$\\ell$ from the means $m_k$", ORANGE)
@@ -250,7 +239,7 @@ def histogram(ax: Axes, groups: Mapping[str, ArrayLike], mark: float, mark_label
         weights = np.full(len(values), 100 / len(values))
         ax.hist(scale * values, bins.tolist(), weights=weights, color=color, alpha=0.6, label=label)
     ax.axvline((scale if mark <= 1 and scale > 1 else 1) * mark, color=RED, lw=2, label=mark_label)
-    ax.legend(fontsize=9)
+    ax.legend()
     return ax
 
 
@@ -260,7 +249,7 @@ def tuning_and_confirmed(ax: Axes, gaps: pd.DataFrame) -> Axes:
     at = 100 * gaps["test_accuracy"].mean()
     ax.axline((at, at), slope=1, ls="--", color=GREY, label="equal")
     ax.set(xlabel="accuracy while tuning (%)", ylabel="confirmed: accuracy on the test set, fresh seeds (%)")
-    ax.legend(fontsize=9)
+    ax.legend()
     return ax
 
 
@@ -271,17 +260,18 @@ def against(ax: Axes, x: ArrayLike, y: ArrayLike, log: bool = False) -> Axes:
     ax.plot(ends, ends, "--", color=GREY, label="equal")
     if log:
         ax.set(xscale="log", yscale="log")
-    ax.legend(fontsize=9)
+    ax.legend()
     return ax
 
 
 def power(ax: Axes, sizes: Sequence[float], shares: ArrayLike) -> Axes:
     """Share of reports that find an effect of each size (points); shares (sizes, 3): share, low, high."""
     share, low, high = 100 * np.asarray(shares).T
-    ax.errorbar(sizes, share, yerr=np.clip([share - low, high - share], 0, None), fmt="o-", ms=5, lw=1, color=BLUE)
+    bars = np.clip([share - low, high - share], 0, None)
+    ax.errorbar(sizes, share, bars, color=BLUE, **(POINTS | {"fmt": "o-"}))
     ax.axhline(80, color=GREY, ls="--", label="80 %")
     ax.set(xlabel="true effect (accuracy points)", ylabel="reports that find it (%)", ylim=(-3, 103))
-    ax.legend(fontsize=9)
+    ax.legend()
     return ax
 
 
@@ -293,27 +283,22 @@ def growth(ax: Axes, sizes: Sequence[float], throughput: Sequence[float], memory
         ax.annotate(f"{mib:,.0f} MiB", (x, y), beside, textcoords="offset points", fontsize=7, color=GREY)
     ax.set_xticks(sizes, [f"{x:g}" for x in sizes])
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    _plain_numbers(ax.yaxis)
+    ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.set(xlabel=label, ylabel="replica-steps a second", xlim=(sizes[0] / 1.3, sizes[-1] * 2))
     ax.set_ylim(min(throughput) / 2, max(throughput) * 2)
     return ax
 
 
-def legend_of_states(ax: Axes) -> Axes:
-    """A legend that says what points and bars are."""
-    label = "trial: mean and 95 % interval over replicas"
-    ax.legend(handles=[Line2D([], [], marker="o", ls="-", color=BLUE, label=label)], fontsize=9)
-    return ax
+def _plain_numbers(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
-def _log_axis(ax: Axes) -> None:
-    """A logarithmic x axis with plain numbers."""
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
-    ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+def _whole_numbers() -> MaxNLocator:
+    return MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10])
 
 
 def _numbers(ax: Axes, trials: pd.DataFrame, x: str, y: str) -> None:
@@ -321,30 +306,27 @@ def _numbers(ax: Axes, trials: pd.DataFrame, x: str, y: str) -> None:
     few = len(trials) <= FEW
     best = trials.sort_values(y, ascending=not y.endswith("accuracy"))[: None if few else 3]
     best = best.sort_values(y, ascending=False)  # labels one below the other, so that their lines do not cross
-    points = zip(best["trial"], _scaled(best, x), _scaled(best, y), strict=True)
-    for place, (number, *at) in enumerate(points):
-        x_at, y_at = at
+    points = np.column_stack([_scaled(best, x), _scaled(best, y)])
+    line = None if few else {"arrowstyle": "-", "color": GREY, "lw": 0.8}
+    box = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5}
+    for place, (number, point) in enumerate(zip(best["trial"], points, strict=True)):
         offset = (9, -9 if place % 2 else 9) if few else (40, 16 * (1 - place))  # points
-        ax.annotate(
-            str(number),
-            (x_at, y_at),
-            offset,
-            textcoords="offset points",
-            fontsize=9,
-            va="center",
-            arrowprops=None if few else {"arrowstyle": "-", "color": GREY, "lw": 0.8},
-            zorder=5,
-            bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5},
-        )
+        text = ax.annotate(str(number), point, offset, textcoords="offset points", arrowprops=line, bbox=box, zorder=5)
+        text.set(fontsize=9, va="center")
+
+
+def _scale(name: str) -> int:
+    """What a score is multiplied by in a picture: shares are shown in per cent."""
+    return 100 if name.endswith("accuracy") else 1
 
 
 def _scaled(trials: pd.DataFrame, name: str) -> np.ndarray:
-    return trials[name].astype(float).to_numpy() * (100 if name.endswith("accuracy") else 1)
+    return _scale(name) * trials[name].to_numpy(float)
 
 
 def _bars(trials: pd.DataFrame, name: str) -> np.ndarray | None:
     if f"{name}_low" not in trials:
         return None
-    middle, low, high = (_scaled(trials, name), *(trials[f"{name}_{end}"].to_numpy(float) for end in ("low", "high")))
-    scale = 100 if name.endswith("accuracy") else 1
-    return np.clip(np.nan_to_num([middle - scale * low, scale * high - middle]), 0, None)
+    low, high = (_scale(name) * trials[f"{name}_{end}"].to_numpy(float) for end in ("low", "high"))
+    middle = _scaled(trials, name)
+    return np.clip(np.nan_to_num([middle - low, high - middle]), 0, None)

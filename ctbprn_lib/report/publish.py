@@ -7,13 +7,10 @@ other notebook. A notebook writes into a folder beside the published one, and on
 import base64
 import fcntl
 import io
-import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,29 +82,15 @@ def publish(study_name: str, storage: str = "") -> Path:
     executed.parent.mkdir(exist_ok=True)
     with open(executed.with_suffix(".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # the workers of a study end together, and each publishes it
-        with _environment(IPYTHONDIR=str(own)):
-            papermill.execute_notebook(
-                REPORTS.parent / "notebooks" / "analyze.ipynb",
-                executed,
-                {"study_name": study_name, "storage": storage},
-                cwd=REPORTS.parent,
-                progress_bar=False,
-            )
+        papermill.execute_notebook(
+            REPORTS.parent / "notebooks" / "analyze.ipynb",
+            executed,
+            {"study_name": study_name, "storage": storage},
+            cwd=REPORTS.parent,
+            progress_bar=False,
+            extra_arguments=[f"--ipython-dir={own}"],
+        )
         return publish_notebook(executed, study_name)
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """os.environ with these variables, for a while."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 def publish_notebook(notebook: str | Path, study_name: str) -> Path:
@@ -136,13 +119,14 @@ def publish_notebook(notebook: str | Path, study_name: str) -> Path:
     markdown, _ = to_markdown.from_notebook_node(nb, resources=dict(resources))
     page, _ = to_html.from_notebook_node(nb, resources=dict(resources))
     staged.mkdir(parents=True, exist_ok=True)
-    made = [path.relative_to(staged) for path in staged.rglob("*") if path.is_file()]
+    made = [path for path in staged.rglob("*") if path.is_file()]
     for name, text in (("report.html", page), ("report.md", re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n")):
         (staged / name).write_text(text, encoding="utf-8")
-        made.append(Path(name))
+        made.append(staged / name)  # the pages come last, when what they point at is there
     for path in made:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staged / path, folder / path)
+        place = folder / path.relative_to(staged)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
     shutil.rmtree(staged)
     return folder
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import optuna
 import yaml
 
-from ctbprn_lib import InputError, evidence, files
-from ctbprn_lib.report.comparisons import CLAIMS, Decision
+from ctbprn_lib import InputError, files
+from ctbprn_lib.evidence import NOT_TESTED
+from ctbprn_lib.report.comparisons import CLAIMS, VERDICTS, Decision
 from ctbprn_lib.report.facts import Facts
 from ctbprn_lib.report.text import claims_table, render
 from ctbprn_lib.search import load_study
@@ -54,15 +55,12 @@ def recorded_claims(study_name: str, decided: Mapping[str, Decision]) -> Iterato
     """
     path = study_folder(study_name) / "claims.csv"
     table = files.table(path, ("claim", "verdict", "detail"), {}) if path.exists() else None
-    verdicts = [evidence.SUPPORTED, evidence.REFUTED, evidence.UNDECIDED, evidence.SAME, evidence.NOT_TESTED]
     for claim in CLAIMS:
-        verdict, detail = evidence.NOT_TESTED, ""
+        verdict, detail = NOT_TESTED, ""
         if table is not None:
-            row = table[table["verdict"].isin(verdicts) & (table["claim"] == claim.quote)]
+            row = table[table["verdict"].isin(VERDICTS) & (table["claim"] == claim.quote)]
             if len(row) != 1:
-                raise InputError(
-                    f"{path}: expected one row with a verdict for the claim {claim.quote!r}, got {len(row)}"
-                )
+                raise InputError(f"{path}: expected one row with a verdict on {claim.quote!r}, got {len(row)}")
             verdict, detail = row["verdict"].item(), row["detail"].item()
         if claim.record in decided:
             decision = decided[claim.record]

@@ -3,24 +3,22 @@
 Each function here formats one kind of value, once, for the template and for the other notebooks.
 """
 
+import collections
 import functools
 import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import pandas as pd
+from jinja2.environment import TemplateModule
 
 from ctbprn_lib import evidence, files
 from ctbprn_lib.report import comparisons
+from ctbprn_lib.report.facts import GOAL, SHAPE, Facts
 from ctbprn_lib.train import TABLE
-
-if TYPE_CHECKING:
-    from jinja2.environment import TemplateModule
-
-    from ctbprn_lib.report.facts import Facts
 
 Interval = Sequence[float]  # mean, low, high
 NAMES = {name: entry.label for name, entry in TABLE.items()}
@@ -83,11 +81,6 @@ def fixed(x: float, digits: int) -> str:
     return f"{x:.{digits}f}"
 
 
-def signed(x: float, digits: int) -> str:
-    """x with its sign and so many digits after the point."""
-    return f"{x:+.{digits}f}"
-
-
 def number(x: float, digits: int) -> str:
     """x with so many digits after the point, halves away from zero, as the original printed 0.78125 as 0.7813."""
     return f"{x + math.copysign(1e-9, x):.{digits}f}"
@@ -119,9 +112,10 @@ def span(entry: Any) -> str:
     return f"{entry['low']:g} to {entry['high']:g}" + (" (log)" if entry.get("log") else "")
 
 
-def counted(counts: Mapping[str, int]) -> str:
-    """{name: number} as "3 first, 1 second", without those of which there is none."""
-    return ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+def counted(names: Iterable[str], order: Iterable[str]) -> str:
+    """How often each name of order is among names, as "3 first, 1 second", without those that are not."""
+    counts = collections.Counter(names)
+    return ", ".join(f"{counts[name]} {name}" for name in order if name in counts)
 
 
 def distinct(values: Iterable[Any]) -> str:
@@ -155,10 +149,6 @@ def _line(cells: Iterable[Any]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def _without_last_newline(x: Any) -> Any:
-    return x.rstrip("\n") if isinstance(x, str) else x
-
-
 @functools.cache
 def environment() -> jinja2.Environment:
     """The Jinja2 environment of the template: an undefined name is an error."""
@@ -167,23 +157,23 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_without_last_newline,  # of a macro, which is part of a line or of a list
+        finalize=lambda x: x.rstrip("\n") if isinstance(x, str) else x,  # a macro is part of a line or of a list
     )
-    filters: list[Callable[..., Any]] = [percent, nats, signed_points, signed_nats, interval, p, effect, fixed, signed]
-    filters += [commas, count, setting, span, counted, distinct, outside, quoted, header]
+    filters: list[Callable[..., Any]] = [percent, nats, signed_points, signed_nats, interval, p, effect, fixed, commas]
+    filters += [count, setting, span, counted, distinct, outside, quoted, header]
     env.filters |= {function.__name__: function for function in filters}
     env.filters |= {"label": FACTORS.__getitem__, "rule": RULES.__getitem__, "command_word": files.word}
     env.filters["is_finite"] = math.isfinite
     for name in ("MARGIN", "REFUTED", "SUPPORTED", "UNDECIDED"):
         env.globals[name] = getattr(evidence, name)
-    env.globals |= {"BEST": comparisons.BEST, "EQUAL_SAMPLES": comparisons.EQUAL_SAMPLES}
+    for name in ("BEST", "EQUAL_SAMPLES", "VERDICTS"):
+        env.globals[name] = getattr(comparisons, name)
+    env.globals |= {"GOAL": GOAL, "SHAPE": SHAPE}
     return env
 
 
-def _module(facts: "Facts | None") -> "TemplateModule":
-    from ctbprn_lib.report.facts import GOAL
-
-    return environment().get_template("report.md.j2").make_module({"facts": facts, "GOAL": GOAL})
+def _module(facts: Facts | None) -> TemplateModule:
+    return environment().get_template("report.md.j2").make_module({"facts": facts})
 
 
 def sections() -> list[str]:
@@ -192,7 +182,7 @@ def sections() -> list[str]:
     return sorted(m.name for m in macros if isinstance(m, jinja2.runtime.Macro) and not m.arguments)
 
 
-def render(facts: "Facts | None", section: str, *arguments: Any) -> str:
+def render(facts: Facts | None, section: str, *arguments: Any) -> str:
     """The Markdown of one section of report.md.j2, or of a part of it that takes arguments.
 
     Raises jinja2.UndefinedError for a name that the template or the facts do not have.
