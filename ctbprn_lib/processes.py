@@ -15,6 +15,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -119,7 +120,7 @@ class _Crew:
 
     def __init__(self, work: Work, n_workers: int, ends_at: float) -> None:
         self.work, self.ends_at = work, ends_at
-        self.context = multiprocessing.get_context(METHOD)
+        self.context: Any = multiprocessing.get_context(METHOD)
         multiprocessing.set_forkserver_preload(["ctbprn_lib.confirm"])
         self.devices = [work.device] * n_workers
         if resolve_device(work.device).type == "cuda":

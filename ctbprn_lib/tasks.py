@@ -266,9 +266,9 @@ class ArrayTask:
             name: (np.ascontiguousarray(x[part].swapaxes(0, 1)), y[part], None if mask.all() else mask[part])
             for name, part in ((name, split == name) for name in SPLITS)
         }
-        x, y, mask = self._arrays["validation"]
-        some = np.random.default_rng(0).permutation(len(y))[:INTERIM_SAMPLES]
-        self._arrays["interim"] = x[:, some], y[some], None if mask is None else mask[some]
+        held_out, labels, exists = self._arrays["validation"]
+        some = np.random.default_rng(0).permutation(len(labels))[:INTERIM_SAMPLES]
+        self._arrays["interim"] = held_out[:, some], labels[some], None if exists is None else exists[some]
         self._tensors: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
