@@ -28,6 +28,8 @@ from ctbprn_lib.workers import FINISHED, LOST, Study, Work
 PROCESS_MIB = 500  # of a worker before it trains: Python, torch and Optuna
 # A fork of a process with threads can hang. The fork server has none, and imports torch once for all workers.
 METHOD = "forkserver"
+# SIGTERM, a second apart, until a worker is killed: Python can lose one, as when it comes amid the end of an object.
+MOST_REQUESTS = 20
 MOST_DEATHS = 3  # of a worker in a row, without a trial finished in between
 OnTrial = Callable[[Study, FrozenTrial, int], None]
 
@@ -164,13 +166,15 @@ class _Crew:
 
     def _end(self) -> None:
         """Ask the workers to hand on what they run, and end those that do not answer."""
+        for _ in range(MOST_REQUESTS):
+            for process in self.processes:
+                process.terminate()
+            wait([process.sentinel for process in self.processes], timeout=1)
+            self.processes = {process: end for process, end in self.processes.items() if process.is_alive()}
+            if not self.processes:
+                return
         for process in self.processes:
-            process.terminate()
-        for process in self.processes:
-            process.join(20)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.kill()
         self.processes.clear()
 
 
@@ -194,4 +198,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(MOST_REQUESTS):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,280 @@
+"""Worker processes of one machine: tune and confirm share their work, whoever is killed."""
+
+import os
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import optuna
+import psutil
+import pytest
+import torch
+from crew import FORKS, question, until
+from optuna.trial import TrialState
+
+from ctbprn_lib import InputError, confirm, processes, search, storage, workers
+from ctbprn_lib.train import Hyperparameters
+
+RUNS = [
+    confirm.Run(f"rate {n}", Hyperparameters(lr=n * 1e-3, d=4, rank=2, batch_size=4, seq_len=8), 40)
+    for n in range(1, 17)
+]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """The database of a study "s" with three finished trials."""
+    path = tmp_path_factory.mktemp("tuned") / "study.db"
+    asked = question(4)
+    search.run_trials(search.open_study("s", f"sqlite:///{path}", pruner="none", **asked), 3, **asked)
+    return path
+
+
+@pytest.fixture
+def study(tuned, reports):
+    """A copy of that study in the usual place."""
+    folder = reports / "s" / "optuna_studies"
+    folder.mkdir(parents=True)
+    shutil.copy(tuned, folder / "ctbprn_study.db")
+    return search.load_study("s")
+
+
+def confirmation(study, **how):
+    return confirm.Confirmation(study, question()["task"], n_seeds=2, n_test=32, **how)
+
+
+def scores(records):
+    return {key: (record["test_ce"], record["val_ce"]) for key, record in records.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tuned, tmp_path_factory):
+    """The scores of RUNS as one process gives them when nothing happens."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    shutil.copy(tuned, root / "study.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "REPORTS", root / "reports")
+        study = search.load_study("s", f"sqlite:///{root}/study.db")
+        return scores(confirmation(study).train(RUNS))
+
+
+def _confirm(reports, n_workers, constants):
+    """What a process does that a person has started to confirm."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    storage.REPORTS = reports
+    for name, value in constants.items():
+        setattr(storage if hasattr(storage, name) else workers, name, value)
+    confirmation(search.load_study("s"), n_workers=n_workers).train(RUNS)
+
+
+def start(reports, n_workers=2, **constants):
+    process = FORKS.Process(target=_confirm, args=(reports, n_workers, constants))
+    process.start()
+    return process
+
+
+def running(study):
+    """Process ids of the workers that have a trial now."""
+    found = confirm.confirm_study(study)
+    trials = found.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if found else ()
+    pids = {trial.user_attrs["worker"]["pid"] for trial in trials if "worker" in trial.user_attrs}
+    return {pid for pid in pids if psutil.pid_exists(pid)}  # some may have been killed
+
+
+def n_done(study):
+    found = confirm.confirm_study(study)
+    return len(found.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) if found else 0
+
+
+def check_whole(study, undisturbed):
+    """Each run is done once, nothing waits, and the scores are those of a confirmation that nothing has disturbed."""
+    trials = confirm.confirm_study(study).trials
+    done = [trial.user_attrs["key"] for trial in trials if trial.state == TrialState.COMPLETE]
+    assert sorted(done) == sorted(undisturbed)
+    assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.FAIL}
+    lost = [trial for trial in trials if trial.state == TrialState.FAIL]
+    assert {trial.user_attrs["failure"] for trial in lost} <= {workers.LOST}
+    assert scores(confirmation(study).train(RUNS)) == undisturbed
+    return len(lost)
+
+
+def test_a_confirmation_whose_processes_are_killed_at_random_ends_with_the_same_numbers(study, reports, undisturbed):
+    rng, killed = random.Random(0), {"parent": 0, "worker": 0}
+    parent = start(reports)
+    while sum(killed.values()) < 20 and n_done(study) < len(RUNS) - 2:
+        pids = until(lambda: running(study) or not parent.is_alive())  # noqa: B023
+        time.sleep(rng.uniform(0, 0.15))
+        if not parent.is_alive():
+            break
+        if rng.random() < 0.5:
+            parent.kill()
+            parent.join()
+            killed["parent"] += 1
+            until(lambda: not any(map(psutil.pid_exists, pids)))  # noqa: B023  its workers end by themselves
+            parent = start(reports)
+        elif psutil.pid_exists(pid := rng.choice(sorted(pids))):
+            os.kill(pid, signal.SIGKILL)
+            killed["worker"] += 1
+    parent.join(60)
+    assert parent.exitcode == 0
+    n_lost = check_whole(study, undisturbed)
+    print(f"killed: {killed}; {n_lost} trainings lost and tried again")
+    assert killed["parent"] > 3 and killed["worker"] > 3 and n_lost > 3
+
+
+def test_machines_share_a_confirmation_and_train_each_run_once(study, reports, undisturbed):
+    parents = [start(reports, n_workers=n) for n in (1, 1, 2)]
+    for parent in parents:
+        parent.join(60)
+    assert [parent.exitcode for parent in parents] == [0, 0, 0]
+    assert check_whole(study, undisturbed) == 0
+    done = confirm.confirm_study(study).trials
+    assert len({trial.user_attrs["worker"]["pid"] for trial in done}) >= 3
+
+
+def test_a_frozen_worker_is_replaced_and_what_it_trained_is_not_counted_twice(study, reports, undisturbed):
+    constants = dict(HEARTBEAT=0.5, GRACE=2, POLL=0.2)
+    frozen = start(reports, 1, **constants)
+    until(lambda: n_done(study) > 1 and running(study))
+    os.kill(frozen.pid, signal.SIGSTOP)
+    other = start(reports, 1, **constants)
+    other.join(60)
+    os.kill(frozen.pid, signal.SIGCONT)
+    frozen.join(60)
+    assert (other.exitcode, frozen.exitcode) == (0, 0)
+    assert check_whole(study, undisturbed) <= 1
+
+
+def test_ctrl_c_hands_the_runs_on_and_the_same_command_goes_on(study, reports, undisturbed):
+    parent = start(reports)
+    pids = until(lambda: n_done(study) > 1 and running(study))
+    os.kill(parent.pid, signal.SIGINT)
+    parent.join(20)
+    assert parent.exitcode == 1 and not any(map(psutil.pid_exists, pids))
+    states = [trial.state for trial in confirm.confirm_study(study).trials]
+    assert TrialState.RUNNING not in states and TrialState.WAITING in states
+    confirmation(study, n_workers=2).train(RUNS)
+    check_whole(study, undisturbed)
+
+
+def test_a_configuration_that_does_not_fit_into_memory_fails_alone(study, monkeypatch):
+    fit = confirm.fit
+
+    def fit_or_fail(hp, *args, **kwargs):
+        if hp == RUNS[1].hyperparameters:
+            raise MemoryError
+        return fit(hp, *args, **kwargs)
+
+    monkeypatch.setattr(confirm, "fit", fit_or_fail)
+    made = confirmation(study)
+    records = made.train(RUNS[:3])
+    assert ["failure" in records[made.key(run)] for run in RUNS[:3]] == [False, True, False]
+    assert "out of memory at Hyperparameters(lr=0.002" in records[made.key(RUNS[1])]["failure"]
+    monkeypatch.undo()
+    monkeypatch.setattr(storage, "REPORTS", made.weights.parent.parent / "reports")
+    again = made.train(RUNS[:3])
+    assert not any("failure" in record for record in again.values())  # tried again, and now there was room
+
+
+def test_what_is_finished_is_told_once_and_in_order_whichever_worker_ran_it(study):
+    told, asked = [], question(4)
+    study = search.open_study("s", pruner="none", **asked)
+    search.run_trials(study, 9, **asked, n_workers=2, on_trial=lambda study, trial, n: told.append((trial, n)))
+    assert [n for _, n in told] == [4, 5, 6, 7, 8, 9]
+    ends = [trial.datetime_complete for trial, _ in told]
+    assert ends == sorted(ends)
+    assert sorted(trial.number for trial, _ in told) == [3, 4, 5, 6, 7, 8]
+
+
+class Broken(search.Search):
+    """Work that ends in an error of its own."""
+
+    def run(self, study, trial):
+        raise RuntimeError("broken")
+
+
+class Deadly(search.Search):
+    """Work that ends the process that does it."""
+
+    def run(self, study, trial):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def work_of(kind, study):
+    asked = question(4)
+    return kind(
+        "s", storage.url_of(study), asked["task"], asked["space"], asked["budget"], "val_ce", 0, "tpe", "none", "cpu", 9
+    )
+
+
+def test_an_error_in_a_worker_ends_all_workers_and_is_raised(study):
+    with pytest.raises(RuntimeError, match="a worker ended in an error(.|\n)*RuntimeError: broken"):
+        processes.run(work_of(Broken, study), study, 2)
+    states = [trial.state for trial in search.load_study("s").trials]
+    assert TrialState.RUNNING not in states
+
+
+def test_workers_that_are_always_ended_from_outside_are_given_up(study):
+    with pytest.raises(InputError, match="workers were ended from outside 6 times in a row"):
+        processes.run(work_of(Deadly, study), study, 2)
+
+
+def test_no_trial_is_begun_that_would_end_after_the_time(study, monkeypatch):
+    asked = question(4)
+    study = search.open_study("s", pruner="none", **asked)
+    monkeypatch.setattr(search, "seconds_of", lambda trial: 2.0)
+    search.run_trials(study, 5, **asked, minutes=0.03)  # 1.8 seconds
+    assert len(study.trials) == 3
+    assert study.user_attrs["out_of_time"] == {"minutes": 0.03, "n_trials": 5}
+    search.run_trials(study, 5, **asked, minutes=1)
+    assert len(study.trials) == 5 and study.user_attrs["out_of_time"] is None
+
+
+def test_confirmation_stops_at_its_time_and_goes_on_with_more(study, monkeypatch):
+    monkeypatch.setattr(search, "seconds_of", lambda trial: 2.0)
+    made = confirmation(study, minutes=0.03)
+    assert made.train(RUNS[:3]) == {} and made.study.user_attrs["out_of_time"]
+    with pytest.raises(InputError, match="no configuration could be trained: the time was too short"):
+        made.save_best(RUNS[:3], {})
+    assert len(confirmation(study).train(RUNS[:3])) == 3
+
+
+@pytest.mark.parametrize(("mib", "n_threads", "expected"), [(0, 8, 8), (1500, 8, 4), (1e6, 8, 1), (0, 1, 1)])
+def test_there_are_as_many_workers_as_cores_and_memory_allow(monkeypatch, mib, n_threads, expected):
+    monkeypatch.setattr(processes, "available_mib", lambda: 9000.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    assert processes.count("cpu", mib) == expected
+
+
+def test_the_memory_of_a_worker_is_estimated_above_what_its_training_takes():
+    space = search.default_space(question()["task"])
+    hp = Hyperparameters(d=96, rank=16, batch_size=32, seq_len=8)
+    asked = question()
+    from ctbprn_lib.train import Budget, fit
+
+    taken = fit(hp, asked["task"], Budget(2, 8, n_evals=1, n_validation=32, precision="fp32")).peak_mem_mib
+    assert taken < search.memory_mib(space, asked["task"], 8) + processes.PROCESS_MIB
+
+
+def test_the_work_of_a_training_is_what_counting_its_products_gives():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ctbprn_lib.train import multiply_adds, untrained
+
+    task = question()["task"]
+    for rank in (2, 8):
+        hp = Hyperparameters(d=12, rank=rank, seq_len=8, n_layers=3)
+        model, generator = untrained(hp, task, 1)
+        batch = task.draw(1, 64, generator)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(batch.x)
+        counted = counter.get_total_flops() / 2 / 64
+        assert multiply_adds(hp, task) == pytest.approx(counted, rel=0.05)  # W U is multiplied once a batch
+
+
+def test_sampling_knows_what_other_workers_try():
+    sampler = search.SAMPLERS["tpe"](seed=0)
+    assert isinstance(sampler, optuna.samplers.TPESampler) and sampler._constant_liar
