@@ -16,16 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ctbprn_lib import InputError, files
-from ctbprn_lib.tasks import (
-    CHUNK,
-    ArrayTask,
-    Preparation,
-    RoutingTask,
-    checked_recordings,
-    errors_about,
-    refuse_missing,
-)
+from ctbprn_lib import InputError, files, recordings
+from ctbprn_lib.recordings import Preparation
+from ctbprn_lib.tasks import CHUNK, ArrayTask, RoutingTask
 
 KINDS_OF_LABELS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))  # beside text
 CONFIG = ("n_features", "d", "rank", "n_areas", "n_layers", "n_classes", "n_replicas", "stem")
@@ -345,27 +338,25 @@ class Classifier:
         recording with fewer is read to its end.
         Raises InputError for another shape, and for values that are missing or infinite.
         """
-        with errors_about("recordings to classify"):
+        with recordings.errors_about("recordings to classify"):
             x, mask = self._checked(x, lengths)
             device, logits = self.network.temperature.device, []
             for i in range(0, len(x), CHUNK):
                 part = slice(i, i + CHUNK)
                 prepared = self.preparation.apply(x[part], mask[part])
-                if not np.isfinite(prepared).all():
-                    raise InputError("x holds values so far from the training samples that float32 cannot hold them")
                 there = None if mask.all() else torch.from_numpy(mask[part]).to(device)[None]
                 logits.append(self.network(torch.from_numpy(prepared).to(device)[None], None, there)[0][0])
         return torch.cat(logits).double().softmax(-1).cpu().numpy()
 
     def _checked(self, x: np.ndarray, lengths: Sequence[int] | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """The first seq_len tokens of x, and which of them exist (N,T), where x has the form of training."""
-        x, mask = checked_recordings(x, lengths)
+        x, mask = recordings.checked(x, lengths)
         (K, F), columns = self.preparation.center.shape, self.preparation.columns
         form = ("N", "T", sum(map(len, columns))) if columns else ("N", K, "T", F)
         if x.ndim != len(form) or any(isinstance(n, int) and n != m for n, m in zip(form, x.shape, strict=True)):
             raise InputError(f"x must be ({', '.join(map(str, form))}) as in training, got shape {x.shape}")
         x, mask = x[..., : self.seq_len, :], mask[:, : self.seq_len]
-        refuse_missing(x, mask, self.area_names, columns)
+        recordings.refuse_missing_values(x, mask, self.area_names, columns)
         return x, mask
 
     def save(self, path: str | Path) -> None:

@@ -210,7 +210,7 @@ def unusual():
     yield {"x": x * np.nan}, "missing or infinite values"
     yield {"x": np.where(x > 0, 1.7e308, -1.7e308)}, "more than float64 can hold"
     yield {"x": x.astype(np.longdouble) * np.longdouble("1e4000")}, "missing or infinite values"
-    yield {"x": far, "split": split}, "held-out sample"
+    yield {"x": far, "split": split}, "so far from the training samples"
     yield {"x": x[0]}, r"x must be \(N,K,T,F\)"
     yield {"x": x[:, 0]}, r"x must be \(N,K,T,F\)"
     yield {"y": np.arange(30.0)}, "y must hold whole numbers or strings"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_report import made_up
 
 from ctbprn_lib import InputError, confirm, files, report, scoring, search, tasks
+from ctbprn_lib import recordings as checks
 from ctbprn_lib.model import CTBPRN, Classifier
 from ctbprn_lib.report.text import RULES
 from ctbprn_lib.tasks import ArrayTask, load_task
@@ -164,7 +165,7 @@ def test_a_group_is_never_on_two_sides(sizes, seed, fixed):
     y = rng.integers(0, 3, len(groups))
     split = np.where(np.isin(groups, [0]), "test", "train") if fixed else None
 
-    made = tasks._splits(split, y, tasks._groups(groups, len(groups)))
+    made = checks.completed_split(split, y, checks.group_names(groups, len(groups)))
     assert set(made) == {"train", "validation", "test"}
     assert all(len(set(made[groups == group])) == 1 for group in set(groups))
     assert not fixed or set(groups[made == "test"]) == {0}
@@ -240,12 +241,12 @@ def test_padding_does_not_hide_a_copy():
     with pytest.raises(InputError, match=r"1 of the 20 \w+ samples are exact copies"):
         task_of(x, y, lengths=lengths, split=split)
     lengths[59] = 4
-    assert task_of(x, y, lengths=lengths, split=split).facts["copies"] == dict.fromkeys(tasks.SPLITS, 0)
+    assert task_of(x, y, lengths=lengths, split=split).facts["copies"] == dict.fromkeys(checks.SPLITS, 0)
 
 
 def as_if(facts, n_classes=2):
     """The facts of an invented study whose samples have these facts."""
-    copies = dict.fromkeys(tasks.SPLITS, 0)
+    copies = dict.fromkeys(checks.SPLITS, 0)
     usual = dict(copies=copies, grouped=False, untested={"validation": [], "test": []}, tested=n_classes, constant=0)
     usual |= dict(n_features=4, largest_share=0.5, given="mine.npz")
     plain = made_up("mine.npz")[0]

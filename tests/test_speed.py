@@ -1,7 +1,7 @@
 """What the benchmark counts and compares; times themselves are never asserted."""
 
+import importlib.util
 import itertools
-import subprocess
 import sys
 
 import numpy as np
@@ -120,20 +120,17 @@ def test_throughput_is_measured_for_every_size_that_fits(monkeypatch):
     assert [row["seq_len"] for row in rows] == [2, 4]
 
 
-@pytest.mark.slow
-def test_it_prints_its_table_with_torch_and_numpy_alone():
-    script = """
-import sys
-for name in ("optuna", "pandas", "matplotlib", "aeon", "scipy", "safetensors", "yaml", "tqdm", "IPython", "papermill"):
-    sys.modules[name] = None
-from ctbprn_lib import train
-from ctbprn_lib.audit import speed
-speed.SECONDS, speed.measure_limits = 1e-3, lambda *_: {"flop_per_s": 1e12, "byte_per_s": 1e11}
-hp = train.Hyperparameters(d=4, rank=1, batch_size=2, seq_len=4)
-speed.main("cpu", [(hp, 2, 2)], {"n_replicas": [1, 2], "d": [4]})
-"""
-    done = subprocess.run((sys.executable, "-c", script), capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "| fp32 | 4 | 1 | 2 | 4 | 2 | 2 |" in done.stdout
-    assert "| 4 | 1 | 2 | 4 | 2 | 2 |" in done.stdout.split("Operations a step")[1]
-    assert done.stdout.count("replica-steps a second") == 3
+def test_it_prints_its_table_with_torch_and_numpy_alone(monkeypatch, capsys):
+    """The modules that it imports need no more either: tests/test_train.py."""
+    for name in ("optuna", "pandas", "matplotlib", "aeon", "scipy", "safetensors", "yaml", "tqdm", "IPython"):
+        monkeypatch.setitem(sys.modules, name, None)
+    spec = importlib.util.spec_from_file_location("fresh_speed", speed.__file__)
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    fresh.SECONDS, fresh.measure_limits = 1e-3, lambda *_: {"flop_per_s": 1e12, "byte_per_s": 1e11}
+    hp = Hyperparameters(d=4, rank=1, batch_size=2, seq_len=4)
+    fresh.main("cpu", [(hp, 2, 2)], {"n_replicas": [1, 2], "d": [4]})
+    text = capsys.readouterr().out
+    assert "| fp32 | 4 | 1 | 2 | 4 | 2 | 2 |" in text
+    assert "| 4 | 1 | 2 | 4 | 2 | 2 |" in text.split("Operations a step")[1]
+    assert text.count("replica-steps a second") == 3

@@ -184,18 +184,16 @@ def seed_scores(
     Returns one row for each seed with the columns seed, val_accuracy and ce_loss (as the original prints them) and, if
     n_samples is above 0, test_accuracy and test_ce (nats).
     """
-    task, rows = RoutingTask(N_AREAS, hp.d, hp.seq_len), []
+    task, tables = RoutingTask(N_AREAS, hp.d, hp.seq_len), []
     for i in range(0, len(seeds), portion):
         group = list(seeds[i : i + portion])
         losses, accuracies, model = run_seeds(hp, group, n_steps, device)
         fresh = score(model, task, "test", n_samples) if n_samples else {}
-        for r, seed in enumerate(group):
-            val_accuracy, ce_loss = published_score(losses[:, r], accuracies[:, r])
-            row = {"seed": seed, "val_accuracy": val_accuracy, "ce_loss": ce_loss}
-            if fresh:
-                row |= {name: fresh[name][r] for name in ("test_accuracy", "test_ce")}
-            rows.append(row)
-    return pd.DataFrame(rows)
+        scores = [published_score(losses[:, r], accuracies[:, r]) for r in range(len(group))]
+        table = pd.DataFrame(scores, columns=["val_accuracy", "ce_loss"])
+        table.insert(0, "seed", group)
+        tables.append(table.assign(**{name: fresh[name] for name in ("test_accuracy", "test_ce") if fresh}))
+    return pd.concat(tables, ignore_index=True)
 
 
 def accuracy_by_step(
@@ -206,17 +204,15 @@ def accuracy_by_step(
     steps: the steps (from 1) after which the networks are scored.
     Returns one row for each step and seed, with the columns step, seed and test_accuracy.
     """
-    task, rows = RoutingTask(N_AREAS, hp.d, hp.seq_len), []
+    task, tables = RoutingTask(N_AREAS, hp.d, hp.seq_len), []
 
     def add_scores(step: int, model: CTBPRN) -> None:
-        if step not in steps:
-            return
-        accuracies = score(model, task, "test", n_samples)["test_accuracy"]
-        for seed, accuracy in zip(seeds, accuracies, strict=True):
-            rows.append({"step": step, "seed": seed, "test_accuracy": accuracy})
+        if step in steps:
+            accuracies = score(model, task, "test", n_samples)["test_accuracy"]
+            tables.append(pd.DataFrame({"step": step, "seed": list(seeds), "test_accuracy": accuracies}))
 
     run_seeds(hp, seeds, max(steps), device, add_scores)
-    return pd.DataFrame(rows)
+    return pd.concat(tables, ignore_index=True)
 
 
 def read_or_make(path: Path, make: Callable[[], pd.DataFrame], **settings: object) -> pd.DataFrame:

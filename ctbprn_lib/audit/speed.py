@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,8 @@ SHAPES: tuple[Shape, ...] = (  # small and large, few and many areas
 )
 SHAPE_COLUMNS = ("d", "rank", "n_areas", "seq_len", "batch_size", "n_replicas")
 DESCRIPTION = (
-    "Print how fast a training step is on this machine: beside the original's loop and the limits of the machine, by "
-    "kind of operation (CPU), and as the number of replicas, the sequence length and the width grow. Takes some "
-    "minutes, and needs a checkout, because the original's loop is tests/reference.py."
+    "Print how fast a training step is: beside the original's loop and the limits of this machine, by kind of "
+    "operation (CPU), and as replicas, sequence length and width grow. Takes some minutes, and needs a checkout."
 )
 SECONDS = 0.4  # duration of one timed run
 # What an H200 reaches at its best, by NVIDIA's data sheet: dense products, and reading and writing its memory.
@@ -394,13 +393,10 @@ def main(
     """
     torch_device = resolve_device(device)
     print(f"torch {torch.__version__}; {device_name(torch_device)}\n")
-
-    def compared() -> Iterator[list[str]]:
-        for precision in dict.fromkeys((resolve_precision("auto", torch_device), "fp32")):
-            for row in against_the_original(shapes, device=device, precision=precision):
-                yield cells(row)
-
-    _print_table(HEADER, compared())
+    rows = []
+    for precision in dict.fromkeys((resolve_precision("auto", torch_device), "fp32")):
+        rows += against_the_original(shapes, device=device, precision=precision)
+    _print_table(HEADER, map(cells, rows))
     if torch_device.type == "cpu":
         _print_table(TIME_HEADER, (time_cells(where_time_goes(shape)) for shape in shapes))
     grown_shape = shapes[min(2, len(shapes) - 1)]
