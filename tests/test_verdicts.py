@@ -15,7 +15,7 @@ from ctbprn_lib.report.comparisons import CLAIMS, Comparisons, Decision
 from ctbprn_lib.report.text import claims_table
 
 GOLDEN = Path(__file__).parent / "golden"
-NOTHING_MATTERS = 100  # simulated reports
+NOTHING_MATTERS = 60  # simulated reports
 SPACE = search.default_space(tasks.RoutingTask())
 
 
@@ -36,12 +36,12 @@ def test_every_claim_of_the_original_is_quoted():
 
 
 def test_where_nothing_matters_hardly_any_report_says_that_something_does():
-    """At most 5 % of reports may hold a false "better" or "worse"; 10 of 100 would be one chance in 35 at 5 %."""
+    """At most 5 % of reports may hold a false "better" or "worse"; 7 of 60 would be one chance in 33 at 5 %."""
     wrong = 0
     for seed in range(NOTHING_MATTERS):
         tests = report(seed=seed).tests
         wrong += tests["verdict"].isin([BETTER, WORSE]).any()
-    assert wrong < 10, wrong
+    assert wrong < 7, wrong
 
 
 def test_an_effect_of_two_points_is_found_by_as_many_seeds_as_the_report_says():
@@ -116,7 +116,7 @@ def test_levels_of_a_base_that_failed_are_left_out():
     runs = simulate.runs(8, np.random.default_rng(0))
     assert "published trial 2" in set(runs["base"])
     kept = Comparisons(runs[runs["role"] != "published trial 2"])
-    assert {base for base, _ in kept.ablated()} == {kept.base}
+    assert {base for base, _ in kept.levels} == {kept.base}
 
 
 def test_the_published_best_is_compared_by_seeds_that_did_not_choose_the_best():
@@ -195,8 +195,8 @@ def test_a_comparison_is_said_once_and_claims_that_share_theirs_are_counted():
     details = claims_table(made.claims()).set_index("claim")["detail"]
     twice = details["Sequence length of 128 consistently better than shorter sequences"]
     assert twice == details["Keep sequence length at 128 for best results"] + " (the best is published trial 2)"
-    three = [claim.quote for claim in CLAIMS if "equence length" in claim.quote]
-    assert made.shared(three) == len(three) == 3 and made.shared(three[:1]) == made.shared([CLAIMS[6].quote]) == 0
+    three = [claim for claim in CLAIMS if "equence length" in claim.quote]
+    assert made.shared(three) == len(three) == 3 and made.shared(three[:1]) == made.shared(CLAIMS[6:7]) == 0
 
 
 def test_recorded_verdicts_are_read_back_and_newer_ones_win(reports):

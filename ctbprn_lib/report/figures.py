@@ -311,8 +311,8 @@ def _numbers(ax: Axes, trials: pd.DataFrame, x: str, y: str) -> None:
     box = {"fc": "white", "ec": "none", "alpha": 0.8, "pad": 0.5}
     for place, (number, point) in enumerate(zip(best["trial"], points, strict=True)):
         offset = (9, -9 if place % 2 else 9) if few else (40, 16 * (1 - place))  # points
-        text = ax.annotate(str(number), point, offset, textcoords="offset points", arrowprops=line, bbox=box, zorder=5)
-        text.set(fontsize=9, va="center")
+        ax.annotate(str(number), point, offset, textcoords="offset points", fontsize=9, va="center", zorder=5,
+                    arrowprops=line, bbox=box)  # fmt: skip
 
 
 def _scale(name: str) -> int:

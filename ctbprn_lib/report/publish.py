@@ -79,7 +79,7 @@ def publish(study_name: str, storage: str = "") -> Path:
 
     own = REPORTS.parent / "runs" / ".ipython"  # the user's own start-up files and settings would change the page
     executed = REPORTS.parent / "runs" / f"analyze-{study_name}.ipynb"
-    executed.parent.mkdir(exist_ok=True)
+    own.mkdir(parents=True, exist_ok=True)
     with open(executed.with_suffix(".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # the workers of a study end together, and each publishes it
         papermill.execute_notebook(
