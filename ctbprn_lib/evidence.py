@@ -555,12 +555,15 @@ class Answer:
 def answer(question: Question, looks: Looks, n_questions: int) -> Answer:
     """Answer one of n_questions, each at level LEVEL / n_questions, from the looks of each of its contrasts.
 
-    Several answers can be true at once. Then SAME is the verdict before the others, and SUPPORTED before REFUTED: a
-    configuration can be worse than one rival by less than the margin, and better than another.
+    Several answers can be true at once. SAME is the verdict before the others. A claim is supported and refuted where
+    its configuration is better than one rival, and worse than another by less than the margin. So that the verdict does
+    not depend on what is shown first, REFUTED waits as long as the effects look like this. To wait is never false.
     """
     if not all(looks):
         return Answer(NOT_TESTED)
     p = p_values(looks)
+    if _looks_good(looks, question.margin):
+        p = p._replace(bad=1.0)
     latest = tuple(of_one[-1] for of_one in looks)
     intervals = [look.interval(len(latest)) for look in latest]
     at_most = max(0.0, *(-low for low, _ in intervals))
@@ -573,6 +576,12 @@ def answer(question: Question, looks: Looks, n_questions: int) -> Answer:
             verdict, p_value = name, value
             break
     return Answer(verdict, min(1.0, n_questions * p_value), at_most, latest)
+
+
+def _looks_good(looks: Looks, margin: float) -> bool:
+    """Whether the latest effects are as a supported claim has them: one above 0, and none at -margin or below."""
+    effects = [of_one[-1].effect for of_one in looks]
+    return max(effects) > 0 and min(effects) > -margin
 
 
 def answers(plan: Plan, looks: Mapping[str, Looks]) -> dict[str, Answer]:
@@ -689,7 +698,7 @@ def _ways_to_decide(question: Question, looks: Looks, plan: Plan) -> list[Needs]
     if better:
         nearest = min(better, key=lambda contrast: better[contrast])
         ways.append(not_worse | {nearest: max(not_worse[nearest], better[nearest])})
-    if worse:
+    if worse and not _looks_good(looks, margin):
         nearest = min(worse, key=lambda contrast: worse[contrast])
         ways.append({nearest: worse[nearest]})
     needs = [{contrast: n for contrast, n in way.items() if n > 0} for way in ways]

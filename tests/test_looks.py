@@ -99,6 +99,14 @@ def test_a_claim_is_supported_refuted_or_the_same(effects, verdict):
     assert max(0, *effects) <= found.at_most < max(0, *effects) + 0.01  # what following it may cost
 
 
+def test_a_claim_is_not_refuted_while_the_effects_support_it():
+    scores = made(8, spread=0.003, x=-0.02, y=0.0075)  # base is better than x, and within the margin of y
+    assert answer(level(a="y"), scores, 40).verdict == BETTER
+    assert answer(claim("x", "y"), scores, 40).verdict == AT_MOST
+    assert answer(claim("y"), scores, 40).verdict == REFUTED
+    assert answer(claim("x", "y"), made(128, spread=0.003, x=-0.02, y=0.0075), 40).verdict == SUPPORTED
+
+
 def test_without_a_verdict_there_is_a_bound_or_nothing():
     bounded = answer(level(), made(8, spread=0.015, x=0.0), 40)
     assert bounded.verdict == AT_MOST and 0.01 < bounded.at_most <= 0.03 and not bounded.decided
