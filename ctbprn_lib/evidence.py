@@ -25,8 +25,8 @@ MARGIN = 0.01  # the smallest difference of accuracy (or of the share routed wel
 LEVEL = 0.05  # of all tests of a report together
 BETTER, WORSE, SAME = "better", "worse", "the same within one point"  # of a level, or of one thing beside another
 SUPPORTED, REFUTED, UNDECIDED, NOT_TESTED = "supported", "refuted", "undecided", "not tested yet"  # of a claim
-AT_MOST = "at most"  # so many points: no verdict, but a bound that a reader can act on
-USEFUL_BOUND = 0.03  # a difference of accuracy that may be larger than this is called undecided
+AT_MOST = "at most"  # so many points: there is no verdict, but a bound that a reader can act on
+USEFUL_BOUND = 3  # margins: where a difference may be larger than this, the question is called undecided
 POWER_QUANTILE = 0.84  # of the normal distribution: predicted numbers of seeds decide in 80 % of cases
 
 
@@ -329,10 +329,10 @@ SHORT_SCHEDULE = Schedule((4, 8), (0.5, 0.5))  # for small runs
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two configurations, by name, of which a is said to be better or worse than b.
+    """Two configurations, by name. The contrast is whether a is better than b.
 
-    paired: whether seed by seed both start from the same initial values, that is whether d, rank and n_layers agree.
-    Only then are they compared pair by pair; this is fixed before any score is seen.
+    paired: whether both have the same initial values at each seed, that is whether d, rank and n_layers agree. Only
+    then are they compared pair by pair. This is fixed before any score is seen.
     Raises InputError if a is b.
     """
 
@@ -347,10 +347,10 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a report: whether a level is as good as another (one contrast), or whether a claim holds.
+    """One question of a report: how a level compares with another (one contrast), or whether a claim holds.
 
-    contrasts: of a claim each thing that it calls good (a) against each rival (b).
-    margin: the smallest difference of the score that matters, in its units.
+    contrasts: for a claim, each configuration that it calls good (a) against each rival (b).
+    margin: the smallest difference of the score that matters, in its units. score: the name of the score.
     Raises InputError for a question without contrasts, a level with several, or a margin that is not in (0, 1).
     """
 
@@ -371,13 +371,13 @@ class Question:
 
     @property
     def worth(self) -> int:
-        """How many verdicts it counts as, when it is decided what to train next."""
+        """The number of verdicts that it counts as when next_blocks chooses what to train."""
         return 2 if self.is_claim else 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All questions of a report, and when they may be looked at. It is recorded before the first score is seen.
+    """All questions of a report and their schedule. It is recorded before the first score is seen.
 
     Raises InputError for no question, or for two of the same name.
     """
@@ -393,7 +393,7 @@ class Plan:
 
     @property
     def level(self) -> float:
-        """The level of each question. All questions together then have a false verdict in at most LEVEL of reports."""
+        """The level of each question. So at most a share LEVEL of reports contains a false verdict."""
         return LEVEL / len(self.questions)
 
 
@@ -496,7 +496,10 @@ def look_at(
 
 
 class PValues(NamedTuple):
-    """What speaks against each answer to a question: "good" is better or supported, "bad" is worse or refuted."""
+    """The p-values of three answers to a question: good (better, supported), bad (worse, refuted) and same.
+
+    An answer is shown where its p-value is small.
+    """
 
     good: float
     bad: float
@@ -506,14 +509,16 @@ class PValues(NamedTuple):
 def p_values(looks: Looks) -> PValues:
     """The p-values of the three answers to a question, not yet adjusted for the number of questions.
 
-    looks: at least one of each of its k contrasts. A contrast's own p-value is the smallest p / weight of its looks.
-    good: no contrast is below -margin, and at least one is above 0 (k times the smallest). bad: at least one is below 0
-    (k times the smallest). same: all are within the margin.
-    At any truth the false ones of these answers have a chance of at most a together to be at or below a:
-    - Some contrast is at -margin or less: "good" and "same" are false, and both need its p_below at or below a.
-    - None is, but some contrast is at margin or more: "same" is false, and "bad" may be, by one of the k - 1 others
-      with (k - 1) a / 2k. So "same" may use (k + 1) / 2k of a. (By that contrast itself, p_above is small as well.)
-    - All are within the margin: "good" or "bad" may be false, each with a / 2, since p_zero is two-sided.
+    looks: at least one of each of its k contrasts. A contrast's own p-value is its smallest p / weight over the looks.
+    good: no difference is -margin or less, and at least one is above 0 (k times the smallest p_zero).
+    bad: at least one difference is below 0 (k times the smallest p_zero).
+    same: all differences are within the margin.
+    Whatever is true, the chance that a false answer has a p-value of a or less is at most a:
+    - Some difference is -margin or less. Then good and same are false, and both need this contrast's p_below.
+    - None is, but some difference is margin or more. Then same is false. It needs this contrast's p_above, which is
+      small as well wherever this contrast speaks for bad. If the k - 1 others speak for bad, that may be false too,
+      with a chance of (k - 1) a / 2k. So the p-value of same is divided by what is left, (k + 1) / 2k.
+    - All are within the margin. Then good or bad can be false, each with a chance of a / 2, as p_zero is two-sided.
     """
     k = len(looks)
     below = [min(look.p_below / look.weight for look in of_one) for of_one in looks]
@@ -528,11 +533,11 @@ def p_values(looks: Looks) -> PValues:
 class Answer:
     """The answer to a question so far.
 
-    verdict: BETTER, WORSE or SAME for a level; SUPPORTED, REFUTED or SAME for a claim; else AT_MOST, UNDECIDED, or
-    NOT_TESTED before the first look.
-    p_value: of the verdict, or the smallest if there is none, adjusted for the number of questions.
-    at_most: the largest difference that the intervals leave open, either way for a level. For a claim it is the most
-    by which what is called good may be worse than a rival. Right for at least 95 % of questions, each taken alone.
+    verdict: BETTER, WORSE or SAME for a level; SUPPORTED, REFUTED or SAME for a claim. If none is shown, AT_MOST or
+    UNDECIDED; before the first look, NOT_TESTED.
+    p_value: of the verdict, or the smallest if there is none, multiplied by the number of questions, and at most 1.
+    at_most: for a level the largest difference, up or down, that the interval leaves open; for a claim the most by
+    which a good configuration may be worse than a rival. It holds with 95 % for each question alone.
     looks: the latest look of each contrast.
     """
 
@@ -550,24 +555,33 @@ class Answer:
 def answer(question: Question, looks: Looks, n_questions: int) -> Answer:
     """Answer one of n_questions, each at level LEVEL / n_questions, from the looks of each of its contrasts.
 
-    Where several answers are shown, "same" goes before the others, and "supported" before "refuted": what is slightly
-    worse than one rival, by less than the margin, may still be better than another.
+    Several answers can be true at once. SAME is the verdict before the others. A claim is supported and refuted where
+    its configuration is better than one rival, and worse than another by less than the margin. So that the verdict does
+    not depend on what is shown first, REFUTED waits as long as the effects look like this. To wait is never false.
     """
     if not all(looks):
         return Answer(NOT_TESTED)
     p = p_values(looks)
+    if _looks_good(looks, question.margin):
+        p = p._replace(bad=1.0)
     latest = tuple(of_one[-1] for of_one in looks)
     intervals = [look.interval(len(latest)) for look in latest]
     at_most = max(0.0, *(-low for low, _ in intervals))
     if not question.is_claim:
         at_most = max(at_most, intervals[0][1])
     names = (SUPPORTED, REFUTED) if question.is_claim else (BETTER, WORSE)
-    verdict, p_value = AT_MOST if at_most <= USEFUL_BOUND else UNDECIDED, min(p)
+    verdict, p_value = AT_MOST if at_most <= USEFUL_BOUND * question.margin else UNDECIDED, min(p)
     for name, value in zip((SAME, *names), (p.same, p.good, p.bad), strict=True):
         if value <= LEVEL / n_questions:
             verdict, p_value = name, value
             break
     return Answer(verdict, min(1.0, n_questions * p_value), at_most, latest)
+
+
+def _looks_good(looks: Looks, margin: float) -> bool:
+    """Whether the latest effects are as a supported claim has them: one above 0, and none at -margin or below."""
+    effects = [of_one[-1].effect for of_one in looks]
+    return max(effects) > 0 and min(effects) > -margin
 
 
 def answers(plan: Plan, looks: Mapping[str, Looks]) -> dict[str, Answer]:
@@ -576,10 +590,11 @@ def answers(plan: Plan, looks: Mapping[str, Looks]) -> dict[str, Answer]:
 
 
 class Purchase(NamedTuple):
-    """What to train next for a question: {configuration: seeds that it should then have}.
+    """What to train next for a question.
 
-    seconds: predicted for this training. per_verdict: predicted seconds until the question is decided, for each verdict
-    gained, where the price of a configuration is shared by all questions that wait for it.
+    seeds: {configuration: number of seeds to bring it to}. seconds: predicted for this training.
+    per_verdict: predicted seconds until the question is decided, divided by the verdicts that it counts as. All
+    questions that wait for a configuration share the seconds of its seeds.
     """
 
     question: str
@@ -602,14 +617,16 @@ Needs = dict[Contrast, float]  # the seeds that a contrast should have on each s
 def next_blocks(
     plan: Plan, looks: Mapping[str, Looks], seeds: Mapping[str, int], seconds: Mapping[str, float]
 ) -> tuple[list[Purchase], dict[str, float]]:
-    """What to train next, the cheapest verdict first, and what is given up.
+    """What to train next, with the cheapest verdict first, and the questions that are given up.
 
-    looks: {question: those of its contrasts}. seeds: {configuration: how many it has}; it may lack those that have
-    none. seconds: {configuration: predicted training seconds of one seed}, math.inf if it cannot be trained.
-    Returns ([Purchase, ...], {question: predicted seeds on each side}). The first has a purchase for each undecided
-    question that is predicted to be decided by the schedule's last look. It brings the contrasts that need it to their
-    next look; then ask again. It is empty when it is time to stop. The second has every other undecided question.
-    A claim counts as two verdicts.
+    looks: as look_at returns them, all that the seeds allow. seeds: {configuration: number of seeds it has}; those
+    without any may be missing. seconds: {configuration: predicted training seconds of one seed}, for each in the plan;
+    math.inf if it cannot be trained.
+    Returns ([Purchase, ...], {question: predicted seeds on each side}).
+    There is a purchase for each undecided question that is predicted to be decided by the last look. It brings the
+    contrasts that need more seeds to their next look. Train the first, then call this again; stop if there is none.
+    (To train several at once, take more from the front; they may name the same configuration.)
+    All other undecided questions are given up, and the second value has the seeds that each is predicted to need.
     """
     last = plan.schedule.looks[-1]
     wanted: list[tuple[Question, Needs]] = []
@@ -640,7 +657,7 @@ def next_blocks(
 
 
 def _missing(needs: Needs, seeds: Mapping[str, int]) -> dict[str, int]:
-    """{configuration: seeds that it should have}, of those that have fewer."""
+    """{configuration: seeds needed}, for those that have fewer."""
     target: dict[str, int] = {}
     for contrast, n in needs.items():
         for configuration in (contrast.a, contrast.b):
@@ -655,9 +672,9 @@ def _seconds(needs: Needs, seeds: Mapping[str, int], seconds: Mapping[str, float
 
 
 def _ways_to_decide(question: Question, looks: Looks, plan: Plan) -> list[Needs]:
-    """For each answer that the effects do not speak against, the contrasts that need more seeds, and how many.
+    """The seeds that each contrast needs, for each of the answers that more seeds could show.
 
-    If these effects are true, each contrast then shows its part in about 80 % of cases.
+    If the measured effects are true, a contrast with this many seeds shows its part in about 80 % of cases.
     """
     pairs = list(zip(question.contrasts, looks, strict=True))
     untested: Needs = {contrast: plan.schedule.looks[0] for contrast, taken in pairs if not taken}
@@ -681,7 +698,7 @@ def _ways_to_decide(question: Question, looks: Looks, plan: Plan) -> list[Needs]
     if better:
         nearest = min(better, key=lambda contrast: better[contrast])
         ways.append(not_worse | {nearest: max(not_worse[nearest], better[nearest])})
-    if worse:
+    if worse and not _looks_good(looks, margin):
         nearest = min(worse, key=lambda contrast: worse[contrast])
         ways.append({nearest: worse[nearest]})
     needs = [{contrast: n for contrast, n in way.items() if n > 0} for way in ways]
@@ -689,14 +706,14 @@ def _ways_to_decide(question: Question, looks: Looks, plan: Plan) -> list[Needs]
 
 
 def _seeds_to_show(taken: Sequence[Look], null: str, margin: float, level: float, schedule: Schedule) -> float:
-    """The schedule's first look that is predicted to reject a null at this level, 0 if one of those taken did.
+    """The seeds of the first look to come that is predicted to reject a null at this level, 0 if a look already did.
 
-    null: the field of Look with its p-value. Returns the predicted seeds, more than the last look's, if no look is
-    predicted to do.
+    null: the field of Look with its p-value. If no look is predicted to reject it, the predicted seeds, which are more
+    than those of the last look.
     """
     latest, one_sided = taken[-1], level
     gap = {"p_below": margin + latest.effect, "p_above": margin - latest.effect, "p_zero": abs(latest.effect)}[null]
-    if null == "p_zero":  # the test has two sides, of which the one where the effect lies is to be shown
+    if null == "p_zero":  # a two-sided test, which is to reject on the side where the effect lies
         taken, one_sided = [look for look in taken if look.effect * latest.effect >= 0], level / 2
     if min(getattr(look, null) / look.weight for look in taken) <= level:
         return 0

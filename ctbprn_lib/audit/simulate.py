@@ -124,6 +124,16 @@ class Study:
         a, b = ([self.names.index(getattr(c, side)) for c in question.contrasts] for side in "ab")
         return np.round(accuracy[a] - accuracy[b], 12)
 
+    def truths(self) -> dict[str, np.ndarray]:
+        """{what is true: (C,) accuracies}: as measured, or all alike but for every second level, which is worse."""
+        own = self.accuracy[self.names.index(self.levels[0].contrasts[0].b)]
+        moved = [self.names.index(question.contrasts[0].a) for question in self.levels[::2]]
+        truths = {"as measured": self.accuracy, "nothing matters": np.full(len(self.names), own)}
+        for name, points in (("half one point worse", 1), ("half two points worse", 2)):
+            truths[name] = truths["nothing matters"].copy()
+            truths[name][moved] -= points / 100
+        return truths
+
     def draw(self, accuracy: np.ndarray, n_reports: int, n_seeds: int, rng: np.random.Generator) -> np.ndarray:
         """Simulated accuracies (n_reports, C, n_seeds) with these true means (C,).
 
