@@ -52,17 +52,17 @@ tune: .venv/ready
 confirm: tune
 	$(RUN) notebooks/confirm.ipynb runs/confirm.ipynb -p study_name $(STUDY) -p n_seeds $(SEEDS)
 
-# style and types, then tests: all of them, or for use while editing those that are quick
+# style, then types and tests side by side: all tests, or for use while editing those that are quick
+TESTS := $(BIN)/mypy & $(BIN)/pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 test: .venv/ready style
-	$(BIN)/pytest --numprocesses logical --dist worksteal
+	$(TESTS); tests=$$?; wait $$! && exit $$tests
 
 check: .venv/ready style
-	$(BIN)/pytest --numprocesses logical --dist worksteal -m 'not slow'
+	$(TESTS) -m 'not slow'; tests=$$?; wait $$! && exit $$tests
 
 style: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 # (containers often have no user but root)
 lab: .venv/ready

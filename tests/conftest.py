@@ -1,4 +1,7 @@
-"""What several tests share: one thread a process, and studies that live in a temporary folder."""
+"""What several tests share: one thread a process, and studies that live in a temporary folder.
+
+The process that hands out the tests reads this file too, so what takes seconds to import is imported where it is used.
+"""
 
 import ast
 import multiprocessing
@@ -8,32 +11,31 @@ import shutil
 import subprocess
 import sys
 
-import nbformat
-import numpy as np
 import pytest
-import torch
-from crew import FORKS, Crew
 
-from ctbprn_lib import storage, tasks
-from ctbprn_lib.report import publish
-
-torch.set_num_threads(1)
-
-
+os.environ["OMP_NUM_THREADS"] = "1"
+ROOT = pathlib.Path(__file__).parent.parent
 SLOW_FILES = {f"test_{name}" for name in ("confirm", "findings", "memory", "original", "report", "verdicts")}
+STARTING = {"project", "crew", "server", "dashboard"}  # fixtures with which tests start processes
 
 
 def pytest_collection_modifyitems(items):
-    """Slow are tests that start processes, and files that confirm, recompute reports or run the original protocol."""
+    """Mark slow tests, which start processes or are in files that confirm, recompute reports or run the original.
+
+    Files with slow tests come first, so that the processes that run the tests end together.
+    """
     for item in items:
-        starts = not {"project", "crew", "server", "dashboard"}.isdisjoint(item.fixturenames)
-        if starts or item.path.stem in SLOW_FILES:
+        if not STARTING.isdisjoint(item.fixturenames) or item.path.stem in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)
 
 
 @pytest.fixture
 def reports(tmp_path, monkeypatch):
     """An empty folder in the place of reports/, and no storage named by the environment."""
+    from ctbprn_lib import storage
+
     folder = tmp_path / "reports"  # beside it runs/ is made
     folder.mkdir()
     monkeypatch.setattr(storage, "REPORTS", folder)
@@ -44,12 +46,18 @@ def reports(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def small_task():
     """A routing task that trains in milliseconds."""
+    from ctbprn_lib import tasks
+
     return tasks.RoutingTask(n_areas=2, n_features=8, n_tokens=8)
 
 
 @pytest.fixture(scope="session")
 def array_task():
     """90 samples of three classes that the means of two features, one in each area, tell apart."""
+    import numpy as np
+
+    from ctbprn_lib import tasks
+
     rng = np.random.default_rng(0)
     y = np.repeat(["a", "b", "c"], 30)
     x = rng.normal(size=(90, 2, 6, 3)).astype(np.float32)
@@ -61,6 +69,8 @@ def array_task():
 @pytest.fixture(scope="session", autouse=True)
 def forks():
     """Let the library's pools fork their processes too, as a new Python needs seconds for its imports."""
+    from crew import FORKS
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multiprocessing, "get_context", lambda method=None: FORKS)
         yield
@@ -68,6 +78,8 @@ def forks():
 
 @pytest.fixture(scope="session")
 def crew(tmp_path_factory):
+    from crew import Crew
+
     made = Crew(tmp_path_factory.mktemp("crew"))
     yield made
     made.end()
@@ -80,6 +92,11 @@ def run_here(monkeypatch):
     run_here(root, name, **parameters): root is the folder of the project, whose reports/ and notebooks/ are used.
     Returns the values that cells end with, such as the sentences of a report.
     """
+    import nbformat
+
+    from ctbprn_lib import storage
+    from ctbprn_lib.report import publish
+
     shown = []
     monkeypatch.delenv("CTBPRN_STORAGE", raising=False)
     monkeypatch.setattr("IPython.display.publish_display_data", lambda *_: None)
@@ -122,6 +139,8 @@ class Project(type(pathlib.Path())):
 
     def shorten_report(self):
         """Leave of analyze.ipynb the beginning with one picture, and the tables."""
+        import nbformat
+
         path = self / "notebooks" / "analyze.ipynb"
         notebook = nbformat.read(path, as_version=4)
         tables = (cell for cell in notebook.cells[6:] if "all_trials" in cell.source or "raw_data" in cell.source)
@@ -130,6 +149,9 @@ class Project(type(pathlib.Path())):
 
     def publish(self, study):
         """Publish a study of this project from this process; the kernel that runs analyze.ipynb is a new one."""
+        from ctbprn_lib import storage
+        from ctbprn_lib.report import publish
+
         with pytest.MonkeyPatch.context() as patch:
             for module in (storage, publish):
                 patch.setattr(module, "REPORTS", self / "reports")
@@ -154,7 +176,7 @@ class Project(type(pathlib.Path())):
 def project(tmp_path_factory):
     root = tmp_path_factory.mktemp("project")
     for name in ("ctbprn_lib", "notebooks"):
-        shutil.copytree(storage.REPORTS.parent / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     (root / "runs").mkdir()
     (root / "tests").mkdir()
     shutil.copy(pathlib.Path(__file__).with_name("reference.py"), root / "tests")  # the benchmark's baseline

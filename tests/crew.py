@@ -30,7 +30,7 @@ SPACE = {
     "seq_len": [4, 8],
 }
 FORKS = multiprocessing.get_context("forkserver")  # a fork of the tests' own process, which has threads, can hang
-FORKS.set_forkserver_preload(["torch._dynamo", "ctbprn_lib.confirm"])
+FORKS.set_forkserver_preload(["ctbprn_lib.confirm", "optuna.storages._rdb.storage", "alembic.command"])
 
 
 class Crew:
