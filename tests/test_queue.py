@@ -6,7 +6,6 @@ import shutil
 import signal
 import time
 
-import numpy as np
 import optuna
 import psutil
 import pytest

@@ -5,19 +5,12 @@
 The sizes follow from the measured speed of the machine: a slower one gets a smaller study, not a longer wait.
 """
 
-import argparse
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ctbprn_lib import InputError, processes, report, search, storage, tasks
-from ctbprn_lib.device import device_name, resolve_device
+from ctbprn_lib import search, storage, tasks
+from ctbprn_lib.device import resolve_device
 from ctbprn_lib.train import Budget, Hyperparameters, Task, fit
 
 Sizes = dict[str, dict[str, Any]]  # {notebook: {parameter: value}}
