@@ -330,7 +330,7 @@ def fit(
         if checkpoint and step < budget.n_steps and time.monotonic() - saved >= CHECKPOINT_SECONDS:
             state = training.state()  # which waits for the device, so the clock is right
             clock.stop(step)
-            checkpoints.write(checkpoint, state, identity, _progress(result))
+            checkpoints.write(checkpoint, state, identity, _progress(result, step))
             saved = time.monotonic()
             clock.start()
     if place.type == "cuda":
@@ -395,10 +395,10 @@ def _record(training, result, step, train_ce):
     result.peak_mem_mib = training.peak_mem_mib()
 
 
-def _progress(result):
+def _progress(result, step):
     """How far a training has come, as a checkpoint keeps it beside its state."""
     curves = {name: curve.tolist() for name, curve in result.curves.items()}
-    return dict(steps=result.steps, curves=curves, step_time_ms=result.step_time_ms)
+    return dict(step=step, steps=result.steps, curves=curves, step_time_ms=result.step_time_ms)
 
 
 def _resume(training, result, eval_steps, state, progress):
@@ -411,7 +411,7 @@ def _resume(training, result, eval_steps, state, progress):
         raise InputError("its curves are not those of this training")
     taken, last = int(state["taken"]), steps[-1] if steps else 0
     following = next((step for step in eval_steps if step > last), last)
-    if not last <= taken < following:
+    if taken != progress["step"] or not last <= taken < following:
         raise InputError("its state is not that of its curves")
     training.restore(state)
     result.steps, result.curves, result.step_time_ms = steps, curves, step_time_ms

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import types
 from pathlib import Path
 
 import optuna
@@ -84,7 +85,7 @@ def trials_at(url):
         try:
             return optuna.load_study(study_name="s", storage=kept).trials
         finally:
-            kept.engine.dispose()
+            storage.disconnect(kept)
     return ()
 
 
@@ -104,6 +105,11 @@ def check_exact(trials, n_trials):
         assert (lost or not again) and (not (lost and signed) or again), (trial, trials)
         assert not lost or trial.user_attrs["failure"] == workers.LOST
         assert all(trial.params.items() <= t.params.items() for t in again)
+
+
+def work_for(n_trials):
+    """What workers.begin asks of the work on a study that shall have n_trials finished trials."""
+    return types.SimpleNamespace(n_trials=n_trials, seconds=lambda study, trial: 0.0)
 
 
 def question(n_steps=100, space=SPACE):

@@ -1,12 +1,8 @@
 """Confirmation and ablation: fresh seeds, a plan that covers the space, and nothing trained twice."""
 
-import functools
 import json
 import math
-import os
 import shutil
-import signal
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +15,6 @@ from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.scoring import score
 from ctbprn_lib.train import Budget, Hyperparameters, fit
 
-_train = confirm._train
 SMALL = {"lr": {"low": 1e-3, "high": 1e-2, "log": True}, "d": [4, 8], "rank": [2], "temperature": [1.0],
          "batch_size": [4], "seq_len": [4, 8]}  # fmt: skip
 
@@ -133,7 +128,7 @@ def test_what_is_done_is_kept_and_only_the_rest_is_trained(confirmation, monkeyp
     done = []
     both = confirmation.train(runs, lambda record, n, total: done.append((n, total)))
     assert done == [(2, 2)] and both[confirmation.key(runs[0])] == first[confirmation.key(runs[0])]
-    monkeypatch.setattr(confirm, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(confirm, "fit", lambda *_, **__: pytest.fail("trained again"))
     assert confirmation.train(runs) == both
     other = confirm.Confirmation(confirmation_study(confirmation), confirmation.task, n_seeds=4, n_test=64)
     assert other.key(runs[0]) != confirmation.key(runs[0])
@@ -141,43 +136,6 @@ def test_what_is_done_is_kept_and_only_the_rest_is_trained(confirmation, monkeyp
 
 def confirmation_study(confirmation):
     return search.load_study(confirmation.name)
-
-
-def test_workers_train_what_one_process_does(confirmation, monkeypatch):
-    runs = [confirm.Run(str(n), Hyperparameters(lr=n * 1e-3, d=4, rank=2, batch_size=4, seq_len=8), 2) for n in (1, 2)]
-    alone = confirm.Confirmation(confirmation_study(confirmation), confirmation.task, n_seeds=3, n_test=64, seed=0)
-    with monkeypatch.context() as patch:
-        patch.setattr(confirm.torch, "get_num_threads", lambda: 2)
-        together = confirmation._trained({confirmation.key(run): run for run in runs})
-        together = {key: record["test_ce"] for key, record in together}
-    inline = {key: record["test_ce"] for key, record in alone._trained({alone.key(run): run for run in runs})}
-    assert together == inline
-
-
-@pytest.mark.parametrize(("how", "raises"), [("error", RuntimeError), ("killed", InputError)])
-def test_one_run_that_fails_does_not_lose_those_that_are_done(confirmation, monkeypatch, how, raises):
-    """Of eight runs the second ends in an error of its own, or its process in a kill."""
-    runs = [confirm.Run(str(n), Hyperparameters(lr=n * 1e-3, d=4, rank=2, batch_size=4, seq_len=8), 2 + (n == 1))
-            for n in range(1, 9)]  # fmt: skip
-    monkeypatch.setattr(confirm, "_train", functools.partial(_train_or_fail, how))
-    monkeypatch.setattr(confirm.torch, "get_num_threads", lambda: 2)
-    with pytest.raises(raises, match="broken" if how == "error" else "ended from outside"):
-        confirmation.train(runs)
-    n_kept = len(confirmation.study.trials)
-    assert n_kept < 8 and (n_kept > 0 or how == "killed")
-    monkeypatch.undo()
-    done = []
-    confirmation.train(runs, lambda *words: done.append(words))
-    assert len(done) == 8 - n_kept
-
-
-def _train_or_fail(how, task, run, *words):
-    if run.role == "1":
-        time.sleep(1)
-        if how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise RuntimeError("broken")
-    return _train(task, run, *words)
 
 
 def test_the_best_are_saved_with_weights_that_load_and_score_as_the_file_says(confirmation, small_task):

@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import sqlalchemy
-from crew import FORKS, check_exact, question, trials_at, until
+from crew import FORKS, check_exact, question, trials_at, until, work_for
 from optuna.trial import TrialState
 from papermill.exceptions import PapermillExecutionError
 
@@ -248,7 +248,7 @@ def test_a_reader_waits_until_the_tables_are_made_and_makes_none_of_them(tmp_pat
 
 def test_a_trial_that_was_lost_before_it_was_signed_is_tried_again_too(reports):
     study, asked = study_of()
-    search.suggest(workers._ask(study), asked["space"])  # and the worker dies
+    search.suggest(workers.ask(study), asked["space"])  # and the worker dies
     search.run_trials(study, 1, **asked)
     check_exact(study.trials, 1)
     assert [trial.user_attrs.get("retry_of") for trial in study.trials] == [None, 0]
@@ -258,7 +258,7 @@ def test_a_trial_of_another_machine_is_lost_only_when_its_signs_of_life_have_sto
     monkeypatch.setattr(storage, "GRACE", 2)
     monkeypatch.setattr(workers, "POLL", 0.1)
     study, asked = study_of()
-    trial = workers._ask(study)
+    trial = workers.ask(study)
     trial.set_user_attr("worker", {"machine": "another", "pid": 1, "started": 1})
     study._storage.record_heartbeat(trial._trial_id)
     started = time.monotonic()
@@ -271,7 +271,7 @@ def test_a_trial_that_ends_all_its_workers_is_given_up(reports, monkeypatch):
     monkeypatch.setattr(workers, "MOST_TRIES", 3)
     study, asked = study_of()
     for _ in range(3):
-        workers.begin(study, 1)  # whoever begins the next has ended this one
+        workers.begin(study, work_for(1))  # whoever begins the next has ended this one
     search.run_trials(study, 1, **asked)
     assert [workers.first_try(t) for t in study.trials] == [0, 0, 0, 3]
     assert [t.state for t in study.trials] == [TrialState.FAIL] * 3 + [TrialState.COMPLETE]
@@ -363,7 +363,7 @@ def test_a_read_only_checkout_is_named_before_any_training(run_here, project):
 def test_a_damaged_database_is_named(reports):
     study, asked = study_of()
     search.run_trials(study, 4, **asked)
-    study._storage._backend.engine.dispose()
+    storage.disconnect(study._storage)
     path = reports / "s" / "optuna_studies" / "ctbprn_study.db"
     whole, rng, refused = path.read_bytes(), random.Random(0), 0
     for damage in range(60):

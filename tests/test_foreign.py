@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
-from crew import SPACE, question
+from crew import SPACE, question, work_for
 from test_report import made
 
 from ctbprn_lib import InputError, confirm, parameters, report, search, storage, tasks, workers
@@ -123,7 +123,7 @@ def test_trials_that_wait_are_no_trials_yet(reports):
 def test_a_trial_whose_end_another_program_told_is_done_anew(reports):
     """It took the lost trial that waited, and told its end without any record."""
     study, asked = begun(1)
-    workers.fail(study, workers.begin(study, 2))
+    workers.fail(study, workers.begin(study, work_for(2)))
     workers._care_for_the_lost(study, 2)
     theirs = outsider()
     taken = theirs.ask()

@@ -210,7 +210,7 @@ def work_of(kind, study):
 
 
 def test_an_error_in_a_worker_ends_all_workers_and_is_raised(study):
-    with pytest.raises(RuntimeError, match="a worker ended in an error(.|\n)*RuntimeError: broken"):
+    with pytest.raises(RuntimeError, match=r"a worker ended in an error[\s\S]*RuntimeError: broken"):
         processes.run(work_of(Broken, study), study, 2)
     states = [trial.state for trial in search.load_study("s").trials]
     assert TrialState.RUNNING not in states

@@ -13,7 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 import sqlalchemy
-from crew import check_exact, trials_at, until
+from crew import check_exact, trials_at, until, work_for
 from optuna.trial import TrialState
 
 from ctbprn_lib import storage, workers
@@ -160,8 +160,8 @@ def test_a_trial_begun_without_the_lock_is_given_back(server, monkeypatch):
     study.marks, study.outside = {"sampler": "tpe"}, lambda values: ""
     answers = iter([False, True])
     monkeypatch.setattr(storage, "_answers", lambda connection: next(answers))
-    trial = workers.begin(study, 1)
+    trial = workers.begin(study, work_for(1))
     assert workers.first_try(trial) == 0 and trial.number == 1
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.RUNNING]
     assert ["worker" in t.user_attrs for t in study.trials] == [False, True]
-    kept.engine.dispose()
+    storage.disconnect(kept)
