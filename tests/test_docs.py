@@ -85,29 +85,45 @@ def fits(notebook, given):
     assert all(value.isdecimal() for name, value in given.items() if kinds[name] == "int")
 
 
-def test_a_slurm_task_is_one_worker(calls):
-    (found,) = started(calls, "bash", str(SLURM), CTBPRN_STORAGE=URL, SLURM_ARRAY_TASK_ID="3", CUDA_VISIBLE_DEVICES="1")
-    assert found[:4] == ("1", URL, "notebooks/tune.ipynb", "runs/tune-3.ipynb")
-    fits("notebooks/tune.ipynb", found[4])
+@pytest.mark.parametrize(
+    ("notebook", "parameters"),
+    [("tune", ["-p", "n_trials", "400", "-p", "n_replicas", "8"]), ("confirm", ["-p", "n_seeds", "16"])],
+)
+def test_a_slurm_task_is_one_worker(calls, notebook, parameters):
+    where = dict(CTBPRN_STORAGE=URL, SLURM_ARRAY_TASK_ID="3", CUDA_VISIBLE_DEVICES="1")
+    (found,) = started(calls, "bash", str(SLURM), notebook, *parameters, **where)
+    assert found[:4] == ("1", URL, f"notebooks/{notebook}.ipynb", f"runs/{notebook}-3.ipynb")
+    assert found[4].items() >= dict(zip(parameters[1::3], parameters[2::3], strict=True)).items()
+    fits(f"notebooks/{notebook}.ipynb", found[4])
     assert "--array=0-7" in SCRIPTS["slurm.sh"] and "--gres=gpu:1" in SCRIPTS["slurm.sh"]
-    done = subprocess.run(("bash", str(SLURM)), env=os.environ | {"CTBPRN_STORAGE": ""}, capture_output=True, text=True)
-    assert done.returncode != 0 and "CTBPRN_STORAGE: set it" in done.stderr
+    for environment, said in (({"CTBPRN_STORAGE": ""}, "CTBPRN_STORAGE: set it"), (where, "tune or confirm")):
+        done = subprocess.run(("bash", str(SLURM)), env=os.environ | environment, capture_output=True, text=True)
+        assert done.returncode != 0 and said in done.stderr
 
 
-def test_a_kubernetes_pod_is_one_worker(calls):
-    *shell, script = WORKER["command"]
-    script = script.replace("/ctbprn/", "./")  # where the image has it
-    (found,) = started(calls, *shell, script, CTBPRN_STORAGE=URL, JOB_COMPLETION_INDEX="5")
-    assert found[1:4] == (URL, "notebooks/tune.ipynb", "runs/tune-5.ipynb")
-    fits("notebooks/tune.ipynb", found[4])
+def test_a_kubernetes_pod_is_one_worker_of_tune_or_with_the_documented_edit_of_confirm(calls):
+    edit = re.search(r"sed (.*?)docs/kubernetes.yaml", WORKERS, re.S).group(1).replace("\\\n", "")
+    done = subprocess.run(f"sed {edit} docs/kubernetes.yaml", shell=True, cwd=ROOT, capture_output=True, text=True)
+    of_confirm = yaml.safe_load(done.stdout)
+    kubernetes_validate.validate(of_confirm, "1.37", strict=True)
+    assert of_confirm["metadata"]["name"] == "ctbprn-confirm" != JOB["metadata"]["name"]
+    for job, notebook, parameter in ((JOB, "tune", "n_trials"), (of_confirm, "confirm", "n_seeds")):
+        calls.unlink(missing_ok=True)
+        (worker,) = job["spec"]["template"]["spec"]["containers"]
+        variables = {entry["name"]: entry["value"] for entry in worker["env"] if "value" in entry}
+        given = {name: variables[name] for name in ("NOTEBOOK", "PARAMETERS")}
+        *shell, script = worker["command"]
+        script = script.replace("/ctbprn/", "./")  # where the image has it
+        (found,) = started(calls, *shell, script, CTBPRN_STORAGE=URL, JOB_COMPLETION_INDEX="5", **given)
+        assert found[1:4] == (URL, f"notebooks/{notebook}.ipynb", f"runs/{notebook}-5.ipynb") and parameter in found[4]
+        fits(f"notebooks/{notebook}.ipynb", found[4])
 
 
-def test_the_loop_starts_one_worker_for_each_gpu(calls):
-    found = started(calls, "bash", "-c", next(s for s in SCRIPTS.values() if "for gpu in" in s))
-    assert sorted(call[0] for call in found) == ["0", "1", "2", "3"]
-    assert sorted(call[3] for call in found) == [f"runs/tune-{gpu}.ipynb" for gpu in range(4)]
+def test_machines_join_both_notebooks_by_the_same_lines(calls):
+    found = started(calls, "bash", "-c", next(s for s in SCRIPTS.values() if "HOSTNAME" in s), HOSTNAME="a")
+    assert [call[3] for call in found] == ["runs/tune-a.ipynb", "runs/confirm-a.ipynb"]
     for call in found:
-        assert call[1] == URL
+        assert call[1] == URL and call[4]["study_name"] == "flagship"
         fits(call[2], call[4])
 
 
