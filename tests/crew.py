@@ -66,6 +66,8 @@ class Crew:
     def end(self):
         for worker in self.workers.values():
             worker.kill()
+
+
 def until(true, seconds=60):
     """Wait until true() is; fails after so many seconds."""
     started = time.monotonic()
