@@ -253,6 +253,7 @@ def test_the_command_names_the_path_that_was_given(reports, tmp_path, monkeypatc
     assert "-p task 'my data/Set 1.NPZ' " in report.render(report.load(name), "reproduce")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_trials", [1, 6])
 def test_with_one_replica_nothing_is_told_apart(reports, n_trials):
     made(reports, n_trials, n_replicas=1, failed=False)
