@@ -76,6 +76,23 @@ def forks():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def migrations():
+    """Let Optuna read its 30 scripts of migrations once, and not for every new database."""
+    from optuna.storages._rdb.storage import _VersionManager
+
+    read, scripts = _VersionManager._create_alembic_script, []
+
+    def read_once(manager):
+        if not scripts:
+            scripts.append(read(manager))
+        return scripts[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_VersionManager, "_create_alembic_script", read_once)
+        yield
+
+
 @pytest.fixture(scope="session")
 def crew(tmp_path_factory):
     from crew import Crew

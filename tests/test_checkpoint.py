@@ -14,7 +14,7 @@ from ctbprn_lib import checkpoint, files, search, train
 from ctbprn_lib.train import Budget, Hyperparameters, fit
 
 HP = Hyperparameters(lr=5e-3, d=8, rank=2, temperature=1.0, batch_size=8, seq_len=8)
-BUDGET = Budget(20, 2, n_evals=5, n_validation=64)
+BUDGET = Budget(10, 2, n_evals=5, n_validation=16)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_a_stopped_training_goes_on_to_the_same_result(small_task, tmp_path, ste
     stopped(small_task, tmp_path / "c.safetensors", n_scorings)
     steps.clear()
     assert_equal(whole, fit(HP, small_task, BUDGET, 3, checkpoint=tmp_path / "c.safetensors"))
-    assert len(steps) == 20 - (4 * n_scorings + 3)  # the step of the next scoring was not kept
+    assert len(steps) == 10 - (2 * n_scorings + 1)  # the step of the next scoring was not kept
     checkpoint.remove(tmp_path / "c.safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
     for place in (path, checkpoint.previous(path))[: 1 + both]:
         DAMAGES[damage](place)
     assert_equal(whole, fit(HP, small_task, BUDGET, 3, checkpoint=path))
-    assert len(steps) == (20 if both else 6)
+    assert len(steps) == (10 if both else 4)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * (1 + both)
     assert "c.safetensors: not used as a checkpoint" in caplog.text
 
@@ -202,7 +202,7 @@ def test_a_trial_that_was_lost_goes_on_from_its_checkpoint(small_task, reports, 
     ]
     steps.clear()
     search.run_trials(study, 2, **asked)
-    assert len(steps) == 20 - 11
+    assert len(steps) == 10 - 5
     lost, retried = study.trials[1:]
     assert lost.state.name == "FAIL" and retried.user_attrs["retry_of"] == 1
     undisturbed = calm.trials[1]

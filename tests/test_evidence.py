@@ -103,12 +103,12 @@ def test_importance_names_what_decides_and_calls_the_rest_noise():
 @pytest.mark.slow
 def test_what_does_nothing_seldom_beats_the_placebo():
     wrong = 0
-    for seed in range(20):
+    for seed in range(10):
         trials, _ = some_trials(30, seed)
         ranking = np.random.default_rng(100 + seed).random(30)
         table = evidence.importance(trials, ranking, n_resamples=60)
         wrong += table["beats_placebo"].sum()
-    assert wrong <= 4  # of 60
+    assert wrong <= 2  # of 30
 
 
 def test_comparisons_have_the_sign_of_the_difference_and_reject_as_often_as_they_say():
@@ -116,7 +116,7 @@ def test_comparisons_have_the_sign_of_the_difference_and_reject_as_often_as_they
     assert c.low < c.effect < c.high and c.effect == pytest.approx(0.0967, abs=1e-3) and c.p_value < 0.01
     assert evidence.compare([0.8, 0.83, 0.81], [0.9, 0.92, 0.91]).effect == -c.effect
     rng = np.random.default_rng(0)
-    p = [evidence.compare(*rng.normal(size=(2, 6))).p_value for _ in range(4000)]
+    p = [evidence.compare(*rng.normal(size=(2, 6))).p_value for _ in range(2000)]
     assert np.mean(np.array(p) < 0.05) == pytest.approx(0.05, abs=0.012)
 
 

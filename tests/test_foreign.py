@@ -70,9 +70,8 @@ def test_another_kind_of_the_same_parameter_which_optuna_cannot_hold_is_named(re
         search.run_trials(study, 1, **asked, device="cpu")
 
 
-@pytest.mark.parametrize(
-    ("params", "reason"),
-    [
+def test_what_is_enqueued_outside_the_space_is_named_and_stops_no_worker(reports):
+    outside = [  # more than a worker would take of its own
         ({"d": 128}, "d = 128 lies outside the space"),
         ({"d": 8.0}, "d = 8.0 lies outside the space"),
         ({"d": "8"}, "d = '8' lies outside the space"),
@@ -81,15 +80,15 @@ def test_another_kind_of_the_same_parameter_which_optuna_cannot_hold_is_named(re
         ({"lr": True}, "lr = True lies outside the space"),
         ({"placebo": 2}, "placebo = 2 lies outside the space"),
         ({"n_layers": 2}, "n_layers is not searched"),
-    ],
-)
-def test_what_is_enqueued_outside_the_space_is_named_and_stops_no_worker(reports, params, reason):
+    ]
     study, asked = begun(1)
-    for _ in range(4):  # more than a worker would take of its own
+    for params, _ in outside:
         outsider().enqueue_trial(params)
     search.run_trials(study, 2, **asked, device="cpu")
-    assert [t.number for t in study.trials] == [0, 5]
-    assert f"trial 1 (fail: {text.outside(reason)}), trial 2 (fail" in report.render(report.load("s"), "all_trials")
+    assert [t.number for t in study.trials] == [0, 9]
+    shown = report.render(report.load("s"), "all_trials")
+    for number, (_, reason) in enumerate(outside, 1):
+        assert f"trial {number} (fail: {text.outside(reason)})" in shown
 
 
 def test_what_is_enqueued_inside_the_space_is_run_like_any_other(reports):
@@ -254,6 +253,7 @@ def test_the_command_names_the_path_that_was_given(reports, tmp_path, monkeypatc
     assert "-p task 'my data/Set 1.NPZ' " in report.render(report.load(name), "reproduce")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_trials", [1, 6])
 def test_with_one_replica_nothing_is_told_apart(reports, n_trials):
     made(reports, n_trials, n_replicas=1, failed=False)
@@ -312,9 +312,9 @@ def test_a_checkout_may_lie_in_any_folder(tmp_path, monkeypatch, place):
     (root / "reports").mkdir(parents=True)
     monkeypatch.setattr(storage, "REPORTS", root / "reports")
     monkeypatch.delenv("CTBPRN_STORAGE", raising=False)
-    begun(1)
+    begun()
     assert (root / "reports" / "s" / "optuna_studies" / "ctbprn_study.db").is_file()
-    assert len(report.load("s").trials) == 1 and os.listdir(tmp_path) == [place]
+    assert search.load_study("s").trials == [] and os.listdir(tmp_path) == [place]
     assert storage.sqlite_file(storage.storage_url("s", "sqlite:///mine.db?timeout=5")) == root / "mine.db"
 
 

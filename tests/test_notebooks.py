@@ -9,6 +9,7 @@ import re
 import stat
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -18,9 +19,9 @@ import psutil
 import pytest
 
 from ctbprn_lib import InputError, parameters, train
-from ctbprn_lib.audit import original, speed
+from ctbprn_lib.audit import speed
 from ctbprn_lib.report import publish
-from ctbprn_lib.train import Budget, Hyperparameters
+from ctbprn_lib.train import Budget, Hyperparameters, fit
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 TINY = {"n_steps": 4, "n_replicas": 2}
@@ -138,14 +139,17 @@ def test_reproduce_runs(project, run_here):
 
 
 def test_benchmark_runs(project, run_here, monkeypatch):
+    def fit_shortly(hp, task, budget, *args):
+        return fit(hp, task, replace(budget, n_steps=2, n_validation=32), *args)
+
+    monkeypatch.setattr(train, "fit", fit_shortly)
     shapes = [(Hyperparameters(d=4, rank=1, batch_size=2, seq_len=4), 2, 2)] * 3
     monkeypatch.setattr(speed, "SHAPES", shapes)
     monkeypatch.setattr(speed, "SECONDS", speed.SECONDS)  # which the notebook sets
     sizes = {"n_replicas": (1, 2), "seq_len": (2, 4, 8), "d": (4, 8)}
     monkeypatch.setattr(speed, "sizes", lambda device: sizes)
     monkeypatch.setattr(speed, "measure_limits", lambda *_: {"flop_per_s": 1e9, "byte_per_s": 1e9})
-    monkeypatch.setattr(original, "run_study", lambda: None)  # test_reproduce_runs runs it
-    monkeypatch.setattr(train, "Budget", functools.partial(Budget, n_validation=32))
+    monkeypatch.setattr(speed, "protocol_seconds", lambda: 3.0)  # test_reproduce_runs runs the protocol
     smaller = {"against_the_original": dict(shapes=shapes), "scaling": dict(shape=shapes[2], n_runs=1)}
     smaller |= {"search_seconds": dict(n_trials=2), "trials_an_hour": dict(budget=Budget(2, 2, n_validation=1))}
     for name, args in smaller.items():

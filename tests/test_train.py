@@ -25,6 +25,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(small_task)
     assert len({tuple(w.flatten().tolist()) for w in states[0]["head_weight"]}) == 3  # replicas differ
 
 
+@pytest.mark.slow
 def test_it_learns_and_records_what_it_cost(small_task):
     result = fit(HP, small_task, Budget(200, 2, n_evals=4, n_validation=512), 0)
     assert result.steps == [50, 100, 150, 200]
@@ -41,6 +42,7 @@ def test_it_learns_and_records_what_it_cost(small_task):
     assert result.diverged_at == [None, None]
 
 
+@pytest.mark.slow
 def test_real_arrays_with_unequal_lengths_are_learnt(array_task):
     result = fit(dataclasses.replace(HP, seq_len=6), array_task, Budget(150, 2), 0)
     assert (result.val_accuracy > 0.8).all()
