@@ -65,7 +65,7 @@ def _layer_norm(x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor) -> torc
 
 
 class Layer(nn.Module):
-    """One layer of MODEL equations 1-5: controller, router, two-compartment columns.
+    """One layer: controller, router, two-compartment columns.
 
     m_k = mean_T X_k;  h_k = GELU(P m_k + p);  l = H2 GELU(H1 LN([h_1 .. h_K]) + b1) + b2
     alpha = softmax((l + g) / tau);  M = sum_k alpha_k X_k V_k U_k^T
@@ -112,9 +112,14 @@ class Layer(nn.Module):
         self.norm_gain[r], self.ctrl_gain[r] = 1, 1
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None, temperature: torch.Tensor, gumbel: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        temperature: torch.Tensor,
+        gumbel: torch.Tensor | None,
+        without: str = "",
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (R,K,B,T,d), mask (R,B,T), True where a token exists, or None, gumbel (R,B,K) or None.
+        """x (R,K,B,T,d), mask (R,B,T), True where a token exists, or None, gumbel (R,B,K) or None; without: see CTBPRN.
 
         Returns the new x and the route logits (R,B,K).
         """
@@ -124,6 +129,10 @@ class Layer(nn.Module):
         z = _layer_norm(z, self.ctrl_gain[:, None], self.ctrl_bias[:, None])
         route = _linear(self.H2, F.gelu(_linear(self.H1, z, self.b1)), self.b2)  # (R,B,K)
         alpha = ((route if gumbel is None else route + gumbel) / temperature.view(R, 1, 1)).softmax(-1)
+        if without == "routing":
+            alpha = torch.full_like(alpha, 1 / K)
+        elif without == "message":
+            alpha = torch.zeros_like(alpha)  # so M = 0
 
         x = x.view(R, K, B * T, d)
         low = _linear(self.V.mT, x).view(R, K, B, T, -1)
@@ -157,6 +166,8 @@ class CTBPRN(nn.Module):
 
     n_features F, d width, rank r, n_areas K, n_layers L, n_classes C; temperature a float or one per replica;
     stem: a Linear F -> d per area before the first layer (without it F must equal d, the original's network);
+    without: what is left out to see what it is worth, as an attribute that may be set: "routing" (alpha = 1 / K),
+    "message" (M = 0) or ""; it is not saved.
     seed: R seeds, or one from which replica r takes seed + r; None leaves all weights 0, for values from elsewhere.
     Raises InputError for sizes that make no network.
     """
@@ -194,6 +205,7 @@ class CTBPRN(nn.Module):
         for name, shape in _shapes(**self.config).items():
             if "." not in name and name != "temperature":
                 self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        self.without = ""
         self.layers: Any = nn.ModuleList(Layer(R, K, d, rank) for _ in range(n_layers))
         if seed is None:
             return
@@ -207,7 +219,7 @@ class CTBPRN(nn.Module):
 
     @torch.no_grad()
     def draw_initial_values(self, r: int) -> None:
-        """Draw the initial values of replica r from torch's CPU state, in the order of MODEL section 2.
+        """Draw the initial values of replica r from torch's CPU state, in the order of the original.
 
         The stem, which the original has not, is semi-orthogonal (Saxe et al., 2014): the first layer sees the input's
         geometry and variance as it would without one.
@@ -238,7 +250,7 @@ class CTBPRN(nn.Module):
         x = x.reshape(R, K, B, T, -1).contiguous()
         routes = []
         for i, layer in enumerate(self.layers):
-            x, route = layer(x, mask, self.temperature, None if gumbel is None else gumbel[:, i])
+            x, route = layer(x, mask, self.temperature, None if gumbel is None else gumbel[:, i], self.without)
             routes.append(route)
         f = _token_mean(x, mask).transpose(1, 2).reshape(R, B, -1)
         f = F.gelu(_layer_norm(f, self.head_gain[:, None], self.head_bias[:, None]))

@@ -1,4 +1,4 @@
-"""Where batches come from: the routing task of MODEL section 3, your own arrays, UEA files.
+"""Where batches come from: the routing task, your own arrays, UEA files.
 
 Every task offers the same few things:
 - n_areas K, n_features F, n_tokens T, n_classes C, area_names (K,), class_names (C,) and classes (C,) as in the data;
@@ -58,7 +58,7 @@ class Batch(NamedTuple):
 
 
 class RoutingTask:
-    """Find which area carries a signal, and say its sign (MODEL section 3).
+    """Find which area carries a signal, and say its sign.
 
     x = noise * N(0,1); one area also gets v ~ N(0, signal^2) on its first F // 4 features at every token; the label
     says whether those features of that area sum to more than 0 over all tokens.

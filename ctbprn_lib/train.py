@@ -23,6 +23,8 @@ from ctbprn_lib.tasks import ArrayTask, RoutingTask
 Task = RoutingTask | ArrayTask
 SCORED = ("interim", "validation")  # the splits that a training is scored on
 SCHEDULES = ("one_cycle", "constant")
+# What can be left out: the controller's weights (all areas count alike), the message between areas, the gate's noise.
+PARTS = ("routing", "message", "noise")
 CHECKPOINT_SECONDS = 30  # a training shorter than this is cheaper to repeat than to keep
 
 
@@ -164,11 +166,18 @@ class Training:
     """
 
     def __init__(
-        self, shape: Hyperparameters, task: Task, budget: Budget, device: torch.device, precision: str
+        self,
+        shape: Hyperparameters,
+        task: Task,
+        budget: Budget,
+        device: torch.device,
+        precision: str,
+        without: str = "",
     ) -> None:
         self.task, self.budget, R = task, budget, budget.n_replicas
         self.autocast, self.memory = precision_context(precision, device), PeakMemory(device)
         self.shape, self.model = shape, _model(shape, task, R, None).to(device)
+        self.without = self.model.without = without
         self.parameters = list(self.model.parameters())
         self.generator = torch.Generator(device)
         self.rate = torch.zeros((), device=device)
@@ -247,7 +256,7 @@ class Training:
         batch = self.task.draw(self.budget.n_replicas, hp.batch_size, self.generator, hp.seq_len)
         noise = gumbel_noise((*batch.y.shape[:1], hp.n_layers, hp.batch_size, self.task.n_areas), self.generator)
         with self.autocast():
-            logits, _ = self.model(batch.x, noise, batch.mask)
+            logits, _ = self.model(batch.x, None if self.without == "noise" else noise, batch.mask)
         loss = cross_entropy(logits, batch.y).mean(1)  # (R,); summed, each replica gets the gradient of a solo run
         loss.sum().backward()
         clip_gradients(self.parameters, self.budget.clip)
@@ -267,14 +276,15 @@ class Training:
 _captured_once = lru_cache(128)(Training)  # for GPUs, where making one means capturing two graphs
 
 
-def _training(shape, task, budget, device, precision):
+def _training(*settings):
+    *_, device, _, _ = settings
     if device.type == "cpu":
-        return Training(shape, task, budget, device, precision)
+        return Training(*settings)
     with suppress(torch.OutOfMemoryError):
-        return _captured_once(shape, task, budget, device, precision)
+        return _captured_once(*settings)
     _captured_once.cache_clear()  # the shapes before hold memory that this one may need
     torch.cuda.empty_cache()
-    return _captured_once(shape, task, budget, device, precision)
+    return _captured_once(*settings)
 
 
 def fit(
@@ -285,6 +295,7 @@ def fit(
     device: str = "auto",
     on_eval: Callable[[Fit], None] | None = None,
     checkpoint: str | Path | None = None,
+    without: str = "",
 ) -> Fit:
     """Train R replicas at once and return their Fit.
 
@@ -293,16 +304,19 @@ def fit(
     on_eval(fit) is called after each scoring and may raise to stop.
     checkpoint: a file in which the training is kept every CHECKPOINT_SECONDS. The same call goes on from there if it
     was stopped. The caller removes it (checkpoint.remove) when the result is safe.
+    without: one of PARTS, which is left out of the network while it is trained and scored; "" for none.
     A replica whose loss is not finite is recorded in diverged_at and cannot harm its neighbours.
     Raises InputError for values that do not fit the task or the machine.
     """
     hp, budget = hyperparameters, budget or Budget()
+    if without not in ("", *PARTS):
+        raise InputError(f"without must be one of {', '.join(PARTS)}, or empty, got {without!r}")
     if hp.seq_len > task.n_tokens:
         raise InputError(f"seq_len must be at most the task's {task.n_tokens} tokens, got {hp.seq_len}")
     place = resolve_device(device)
     precision = resolve_precision(budget.precision, place)
     _move_to(place, task, hp, budget)
-    training = _training(replace(hp, lr=1.0, temperature=1.0), task, budget, place, precision)
+    training = _training(replace(hp, lr=1.0, temperature=1.0), task, budget, place, precision, without)
     root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
     training.start(hp, root)
     n_parameters = sum(p[0].numel() for p in training.parameters)
@@ -313,6 +327,8 @@ def fit(
         hyperparameters=hp.identity(), budget=asdict(budget), task=task.description, device=place.type,
         precision=precision, torch=torch.__version__, seed=[str(root.entropy), *root.spawn_key],
     )  # fmt: skip
+    if without:
+        identity["without"] = without
     if checkpoint:
         checkpoints.read(checkpoint, identity, partial(_resume, training, result, eval_steps))
 

@@ -3,7 +3,7 @@
 The protocol is kept so that the published numbers can be reproduced and explained, not because it is sound.
 A trial trains one seed for five steps. After each step the network is scored on a fresh batch of at most 32 samples,
 with the noise of the gate still on. "Val Acc" is the best of these five accuracies. "CE Loss" is the mean of the five
-training losses (MODEL section 4). tests/reference.py holds the same training as a plain loop.
+training losses. tests/reference.py holds the same training as a plain loop.
 """
 
 import hashlib
