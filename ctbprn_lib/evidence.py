@@ -324,6 +324,23 @@ class Schedule:
 
 
 SCHEDULE = Schedule()
+
+
+def schedule_of(looks: str) -> Schedule:
+    """The schedule with these looks, such as "8,16,32".
+
+    The usual looks have the usual weights; any others have equal weights.
+    Raises InputError for anything else than whole numbers between commas.
+    """
+    try:
+        numbers = tuple(int(part) for part in looks.split(","))
+    except ValueError:
+        raise InputError(f"looks must be numbers of seeds between commas, such as 8,16,32, got {looks!r}") from None
+    if numbers == SCHEDULE.looks:
+        return SCHEDULE
+    return Schedule(numbers, (1 / len(numbers),) * len(numbers))
+
+
 SHORT_SCHEDULE = Schedule((4, 8), (0.5, 0.5))  # for small runs
 
 

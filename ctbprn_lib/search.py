@@ -13,7 +13,7 @@ import re
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -185,10 +185,10 @@ def _open(name, url, task, space, budget, objective, sampler, pruner, seed):
             study.set_user_attr("fingerprint", fingerprint)
             study.set_user_attr("id", uuid.uuid4().hex)  # a study deleted and made again is another one
         elif recorded != fingerprint:
-            differences = "\n".join(f"  {line}" for line in _differences(recorded or {}, fingerprint))
+            lines = "\n".join(f"  {line}" for line in differences(recorded or {}, fingerprint))
             raise InputError(
                 f"study {name!r} exists and asks another question; give another study_name, or the values it was made "
-                f"with:\n{differences}"
+                f"with:\n{lines}"
             )
         n_before = study.user_attrs.get("n_workers", 0)
         study.set_user_attr("n_workers", n_before + 1)
@@ -539,10 +539,10 @@ def provenance() -> dict[str, str]:
                 python=platform.python_version(), commit=commit())  # fmt: skip
 
 
-def _differences(there, here, where=""):
+def differences(there: Any, here: Any, where: str = "") -> Iterator[str]:
     """Leaves at which two nested dicts differ, each as a line."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted(set(there) | set(here)):
-            yield from _differences(there.get(key, "nothing"), here.get(key, "nothing"), f"{where}.{key}".lstrip("."))
+            yield from differences(there.get(key, "nothing"), here.get(key, "nothing"), f"{where}.{key}".lstrip("."))
     elif there != here:
         yield f"{where}: there {there}, here {here}"

@@ -39,6 +39,7 @@ HEARTBEAT = 10  # seconds between a worker's signs of life
 POLL: float = 1  # seconds, and up to five times as long, between looks at the trials of others
 MOST_TRIES = 10  # of a trial whose workers die
 LOST = "its worker was stopped before the end"
+QUEUED = ("key", "run", "block", "first_key")  # attributes of a queued trial that its next try has too
 
 
 class Study(optuna.Study):
@@ -232,9 +233,6 @@ def is_retried(trial: FrozenTrial, trials: list[FrozenTrial]) -> bool:
     """Whether a trial was lost, and is tried again as soon as a worker looks. trials: all of the study."""
     tries = [other.number for other in trials if first_try(other) == first_try(trial)]
     return trial.user_attrs.get("failure") == LOST and trial.number == tries[-1] and len(tries) < MOST_TRIES
-
-
-QUEUED = ("key", "run")  # attributes of a trial that somebody has queued for a purpose; its next try has them too
 
 
 def first_try(trial: optuna.Trial | FrozenTrial) -> int:

@@ -13,7 +13,7 @@ import torch
 from crew import FORKS, question, until
 from optuna.trial import TrialState
 
-from ctbprn_lib import InputError, confirm, processes, search, storage, workers
+from ctbprn_lib import InputError, confirm, evidence, processes, search, storage, workers
 from ctbprn_lib.train import Hyperparameters
 
 RUNS = [
@@ -41,10 +41,13 @@ def study(tuned, reports):
 
 
 def confirmation(study, **how):
-    return confirm.Confirmation(study, question()["task"], n_seeds=2, n_test=32, **how)
+    looks = evidence.Schedule((2, 4), (0.5, 0.5))
+    return confirm.Confirmation(study, question()["task"], looks, n_test=32, **how)
 
 
-def scores(records):
+def scores(made):
+    """{key: scores} of the runs that are done."""
+    records = confirm._by_key(made.study)
     return {key: (record["test_ce"], record["val_ce"]) for key, record in records.items()}
 
 
@@ -56,7 +59,9 @@ def undisturbed(tuned, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "REPORTS", root / "reports")
         study = search.load_study("s", f"sqlite:///{root}/study.db")
-        return scores(confirmation(study).train(RUNS))
+        made = confirmation(study)
+        assert made.train(RUNS)
+        return scores(made)
 
 
 def _confirm(reports, n_workers, constants):
@@ -96,7 +101,7 @@ def check_whole(study, undisturbed):
     assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.FAIL}
     lost = [trial for trial in trials if trial.state == TrialState.FAIL]
     assert {trial.user_attrs["failure"] for trial in lost} <= {workers.LOST}
-    assert scores(confirmation(study).train(RUNS)) == undisturbed
+    assert scores(confirmation(study)) == undisturbed
     return len(lost)
 
 
@@ -169,13 +174,14 @@ def test_a_configuration_that_does_not_fit_into_memory_fails_alone(study, monkey
 
     monkeypatch.setattr(confirm, "fit", fit_or_fail)
     made = confirmation(study)
-    records = made.train(RUNS[:3])
+    assert made.train(RUNS[:3])
+    records = confirm._by_key(made.study, failed=True)
     assert ["failure" in records[made.key(run)] for run in RUNS[:3]] == [False, True, False]
     assert "out of memory at Hyperparameters(lr=0.002" in records[made.key(RUNS[1])]["failure"]
     monkeypatch.undo()
     monkeypatch.setattr(storage, "REPORTS", made.weights.parent.parent / "reports")
-    again = made.train(RUNS[:3])
-    assert not any("failure" in record for record in again.values())  # tried again, and now there was room
+    made.train(RUNS[:3])
+    assert len(scores(made)) == 3  # tried again, and now there was room
 
 
 def test_what_is_finished_is_told_once_and_in_order_whichever_worker_ran_it(study):
@@ -235,10 +241,14 @@ def test_no_trial_is_begun_that_would_end_after_the_time(study, monkeypatch):
 def test_confirmation_stops_at_its_time_and_goes_on_with_more(study, monkeypatch):
     monkeypatch.setattr(search, "seconds_of", lambda trial: 2.0)
     made = confirmation(study, minutes=0.03)
-    assert made.train(RUNS[:3]) == {} and made.study.user_attrs["out_of_time"]
+    assert not made.train(RUNS[:3]) and scores(made) == {} and made.study.user_attrs["out_of_time"]
     with pytest.raises(InputError, match="no configuration could be trained: the time was too short"):
-        made.save_best(RUNS[:3], {})
-    assert len(confirmation(study).train(RUNS[:3])) == 3
+        made.base(RUNS[:3])
+    with pytest.raises(InputError, match="the minutes were over before every candidate was trained"):
+        made.train_all(RUNS[:3])
+    again = confirmation(study)
+    again.train_all(RUNS[:3])
+    assert len(scores(again)) == 3
 
 
 @pytest.mark.parametrize(("mib", "n_threads", "expected"), [(0, 8, 8), (1500, 8, 4), (1e6, 8, 1), (0, 1, 1)])
