@@ -8,12 +8,8 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
-import resource
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +24,9 @@ from ctbprn_lib import InputError, checkpoint, evidence, files, processes, publi
 from ctbprn_lib.device import out_of_memory, precision_context, resolve_device, resolve_precision
 from ctbprn_lib.evidence import BETTER, SCHEDULE, Answer, Plan, Purchase, Schedule
 from ctbprn_lib.model import CTBPRN, Classifier
-from ctbprn_lib.scoring import cross_entropy, route_accuracy, score
+from ctbprn_lib.scoring import route_accuracy, score
 from ctbprn_lib.search import Space
-from ctbprn_lib.train import PARTS, TABLE, Budget, Hyperparameters, Task, fit, gumbel_noise, untrained
+from ctbprn_lib.train import PARTS, TABLE, Budget, Hyperparameters, Task, fit
 from ctbprn_lib.workers import FINISHED
 
 OnDone = Callable[[dict[str, Any], int, int], None]
@@ -38,7 +34,6 @@ OnDone = Callable[[dict[str, Any], int, int], None]
 # First spawn keys of the seeds: none has been used for tuning, and the best of the confirmed is measured afresh when it
 # is ablated, or every comparison with it would start from its luck.
 CONFIRMING, ABLATING = 1, 2
-LARGEST_BATCH = 2**16  # samples: nobody trains with more
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,10 @@ class Run:
             object.__setattr__(self, "name", self.role or f"{self.base}: {self.factor} {self.level:g}")
 
 
-def candidates(trials: pd.DataFrame, task: Task, n_steps: int, n_top: int = 3) -> list[Run]:
-    """The n_top trials by accuracy and by CE, the published trials 1 and 2, and the defaults, as Runs.
+def candidates(
+    trials: pd.DataFrame, task: Task, n_steps: int, n_top: int = 3, with_published: bool = True
+) -> list[Run]:
+    """The n_top trials by accuracy and by CE, the defaults and, if wanted, the published trials 1 and 2, as Runs.
 
     trials: search.records; sequence lengths stop at the task's tokens.  Raises InputError if no trial is complete.
     """
@@ -76,7 +73,9 @@ def candidates(trials: pd.DataFrame, task: Task, n_steps: int, n_top: int = 3) -
     numbers = dict.fromkeys(n for ordered in top for n in ordered["trial"][:n_top])
     rows = complete.set_index("trial")
     chosen = {f"trial {number}": search.hyperparameters(rows.loc[number]) for number in numbers}
-    chosen |= {f"published trial {n}": published.hyperparameters(n) for n in (1, 2)} | {"defaults": Hyperparameters()}
+    if with_published:
+        chosen |= {f"published trial {n}": published.hyperparameters(n) for n in (1, 2)}
+    chosen["defaults"] = Hyperparameters()
     fit_in = {role: replace(hp, seq_len=min(hp.seq_len, task.n_tokens)) for role, hp in chosen.items()}
     return [Run(role, hp, n_steps) for role, hp in fit_in.items()]
 
@@ -110,7 +109,7 @@ def parts(base: Run, n_steps: int) -> list[Run]:
                     name=f"{base.role}: without {part}") for part in PARTS]  # fmt: skip
     if n_steps > base.n_steps:
         for part in ("", *PARTS):
-            name = f"{base.role}: {f'without {part}' if part else 'whole'}, {n_steps} steps"
+            name = f"{base.role}: without {part}, {n_steps} steps" if part else f"{base.role}: n_steps {n_steps}"
             runs.append(replace(_moved(base, base.hyperparameters, n_steps, "without"), without=part, name=name))
     return runs
 
@@ -634,51 +633,3 @@ def _no_gaps(record, name):
     values = np.array(record.get(name) or [None] * len(record["test_ce"]), dtype=float)
     routed = name.startswith("route_accuracy")
     return values if routed else search.or_chance(name, values, record["n_classes"])
-
-
-def largest_batch(hp: Hyperparameters, task: Task, device: str = "auto") -> dict[str, int | bool]:
-    """The largest doubling of hp's batch, up to LARGEST_BATCH, with which one replica trains a step in the free memory.
-
-    On a CPU each size is tried in a process of its own that may not use more than nine tenths of what is available.
-    Returns {"batch_size", "free_mib", "tried_twice"}: tried_twice is whether twice as much was tried, and did not fit.
-    """
-    place, size = resolve_device(device), hp.batch_size  # which has been trained
-    if place.type == "cuda":
-        free = torch.cuda.mem_get_info(place)[0] / 2**20
-    else:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 0.9 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**10
-        allowed = resource.getrlimit(resource.RLIMIT_DATA)[0]  # what `ulimit -d` says
-        free = free if allowed == resource.RLIM_INFINITY else min(free, allowed / 2**20)
-    while size < LARGEST_BATCH and fits(replace(hp, batch_size=2 * size), task, str(place), free):
-        size *= 2
-    return {"batch_size": size, "free_mib": round(free), "tried_twice": size < LARGEST_BATCH}
-
-
-def fits(hp: Hyperparameters, task: Task, device: str, free_mib: float) -> bool:
-    """Whether one replica trains a step within free_mib, tried in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),)) as process:
-        try:
-            return process.submit(_one_step, hp, task, device, free_mib).result()
-        except BrokenProcessPool:
-            return False
-
-
-def _one_step(hp: Hyperparameters, task: Task, device: str, free_mib: float) -> bool:
-    """Train one replica for one step; returns whether the memory was enough."""
-    if device == "cpu":
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (int(free_mib * 2**20), hard))
-    try:
-        model, generator = untrained(hp, task, 1, 0, device)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        batch = task.draw(1, hp.batch_size, generator, hp.seq_len)
-        noise = gumbel_noise((1, hp.n_layers, hp.batch_size, task.n_areas), generator)
-        cross_entropy(model(batch.x, noise, batch.mask)[0], batch.y).mean().backward()
-        optimizer.step()
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        return False
-    return True

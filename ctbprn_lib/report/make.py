@@ -1,0 +1,195 @@
+"""make report: the notebooks one after another, at a size that this machine can do in a few minutes.
+
+    python -m ctbprn_lib.report.make --help
+
+The sizes follow from the measured speed of the machine: a slower one gets shorter trainings, not a longer wait.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctbprn_lib import InputError, processes, report, storage, tasks
+from ctbprn_lib.device import device_name, resolve_device
+from ctbprn_lib.report import publish
+from ctbprn_lib.train import Budget, Hyperparameters, fit
+
+Parameters = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[2]
+MINUTES = 7.0  # that the quick report is sized for
+NOTEBOOK_SECONDS = 20  # to start a notebook, and to draw and write what it has found
+STEPS = (200, 600)  # of a quick report's trainings: fewer would decide nothing, and more are not needed
+MARGIN = 1.25  # of the expected time: cores share their memory, and what confirm trains depends on what tune finds
+N_SEEDS = 4  # of each configuration of the quick report, at first
+# Trainings of one configuration of quick.yaml with N_SEEDS seeds and n_steps steps that the quick report takes, about:
+# the search (half as many replicas, and pruned), and what confirm compares.
+TRAININGS = 25
+
+QUICK: dict[str, Parameters] = {
+    "tune": {"n_trials": 8, "n_replicas": 2, "space": "notebooks/quick.yaml"},
+    "confirm": {"looks": "4,8", "n_seed_runs": 64, "n_test": 4096, "n_top": 1, "n_levels": 2, "with_published": False},
+    "reproduce": {"n_seeds": 40, "n_fresh_seeds": 4, "n_spread_seeds": 4, "max_steps": 20, "n_curve_seeds": 2},
+    "explore": {"n_steps": 100},
+}
+FULL: dict[str, Parameters] = {
+    "tune": {"n_trials": 100, "n_replicas": 8, "n_steps": 2000},
+    "confirm": {},
+    "reproduce": {"n_fresh_seeds": 200, "n_spread_seeds": 32, "max_steps": 2000, "n_curve_seeds": 8},
+    "explore": {"n_steps": 2000},
+}
+QUESTIONS = {
+    "tune": "which hyperparameters are best",
+    "confirm": "whether they stay best with fresh seeds, and what each one does",
+    "explore": "what there is to learn, and whether the network learns it",
+    "reproduce": "whether this is the published system, and what its numbers are worth",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the notebooks that the command line asks for, and say what came of them."""
+    options = _options(arguments)
+    started = time.monotonic()
+    seconds = seconds_a_step()
+    sizes = plan(options.size, options.minutes, seconds)
+    for name in ("n_trials", "n_replicas", "n_steps"):
+        if getattr(options, name):
+            sizes["tune"][name] = getattr(options, name)
+    study = options.study or {"quick": "quick", "full": "flagship"}[options.size]
+    reproduced = "reproduce" if study == "ctbprn" else f"{study}-reproduce"
+    sizes["tune"]["study_name"] = sizes["confirm"]["study_name"] = study
+    sizes["reproduce"] |= {"study_name": reproduced, "tested_by": study}
+    print(
+        f"{device_name(resolve_device('auto'))}: a training step of the smallest network takes {1000 * seconds:.1f} ms."
+    )
+    for name, parameters in sizes.items():
+        print(f"  {name:<10} {QUESTIONS[name]}: {', '.join(f'{k} {v}' for k, v in parameters.items())}")
+    if options.size == "quick":
+        print(f"All of it takes about {_duration(expected_seconds(sizes, seconds, options.minutes))}.")
+    (ROOT / "runs").mkdir(exist_ok=True)
+    for names in (["tune"], ["confirm"], ["explore", "reproduce"]):
+        _run({name: sizes[name] for name in names})
+    publish.publish_notebook(ROOT / "runs" / "reproduce.ipynb", reproduced)
+    print(f"\nDone in {_duration(time.monotonic() - started)}.")
+    print(f"  the report:          reports/{study}/report.html")
+    print(f"  about the original:  reports/{reproduced}/report.html\n")
+    print(report.render(report.load(study), "verdict"))
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="make report", description="Run the notebooks one after another and write the reports.",
+        epilog="With make: make report SIZE=full MINUTES=30 STUDY=name TRIALS=40 REPLICAS=4 STEPS=500",
+    )  # fmt: skip
+    parser.add_argument("--size", choices=("quick", "full"), default="quick", help="full is for a GPU")
+    parser.add_argument("--minutes", type=float, default=0, help="shared among the notebooks; 0: as the size needs")
+    parser.add_argument("--study", default="", help="folder under reports/")
+    parser.add_argument("--n-trials", type=int, default=0, help="of the search")
+    parser.add_argument("--n-replicas", type=int, default=0, help="seeds a trial")
+    parser.add_argument("--n-steps", type=int, default=0, help="training steps a trial")
+    options = parser.parse_args(arguments)
+    if not 0 <= options.minutes < float("inf"):
+        parser.error(f"--minutes must be a number of at least 0, got {options.minutes}")
+    if options.study:
+        try:
+            storage.study_folder(options.study)
+        except InputError as error:
+            parser.error(str(error))
+    return options
+
+
+def seconds_a_step(n_steps: int = 15) -> float:
+    """Measure the seconds of one training step of one replica of a configuration of quick.yaml, on one thread."""
+    task, hp, n_replicas = tasks.RoutingTask(), Hyperparameters(d=32, rank=16, n_layers=1), 2
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for n in (3, n_steps):  # first a warm-up
+            milliseconds = fit(hp, task, Budget(n, n_replicas, n_evals=1, n_validation=32)).step_time_ms
+    finally:
+        torch.set_num_threads(n_threads)
+    return milliseconds / n_replicas / 1000
+
+
+def plan(size: str, minutes: float, seconds: float) -> dict[str, Parameters]:
+    """{notebook: its parameters}.
+
+    size: "quick" or "full". minutes: for all notebooks together; 0 for as many as the size needs. seconds: of one
+    step, as seconds_a_step measures them.
+    """
+    sizes = {name: dict(parameters) for name, parameters in (QUICK if size == "quick" else FULL).items()}
+    if size == "quick":
+        n_workers = processes.count("auto", 0)
+        for_training = 60 * (minutes or MINUTES) - NOTEBOOK_SECONDS * len(sizes)
+        fewest, most = STEPS
+        n_steps = for_training * n_workers / (MARGIN * TRAININGS * N_SEEDS * seconds)
+        sizes["tune"]["n_steps"] = 50 * round(min(max(n_steps, fewest), most) / 50)
+    if minutes:
+        left = max(0.1, minutes - NOTEBOOK_SECONDS * len(sizes) / 60)
+        sizes["tune"]["minutes"], sizes["confirm"]["minutes"] = round(0.35 * left, 2), round(0.6 * left, 2)
+    return sizes
+
+
+def expected_seconds(sizes: dict[str, Parameters], seconds: float, minutes: float = 0) -> float:
+    """The time that a quick report takes, about; not more than the minutes, if they are limited."""
+    training = MARGIN * TRAININGS * N_SEEDS * sizes["tune"]["n_steps"] * seconds / processes.count("auto", 0)
+    expected = training + NOTEBOOK_SECONDS * len(sizes)
+    return min(expected, 60 * minutes) if minutes else expected
+
+
+def _run(notebooks: dict[str, Parameters]) -> None:
+    """Run notebooks side by side with papermill, and say when each begins and ends.
+
+    Ends this program with the notebook's last words if one of them fails.
+    """
+    running = {}
+    for name, parameters in notebooks.items():
+        words = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
+        command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--log-output", f"notebooks/{name}.ipynb",
+                   f"runs/{name}.ipynb", *words]  # fmt: skip
+        one_thread = {"OMP_NUM_THREADS": "1"} if len(notebooks) > 1 else {}
+        log = ROOT / "runs" / f"{name}.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ | one_thread
+            )
+        running[name] = process, log, time.monotonic()
+        print(f"{time.strftime('%H:%M:%S')} {name} begins; what it prints is in runs/{log.name}", flush=True)
+    try:
+        while running:
+            time.sleep(0.2)
+            for name, (process, log, begun) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode:
+                    sys.exit(
+                        f"{name} has failed: {log.read_text().strip().splitlines()[-1]}\n(all of it: runs/{log.name})"
+                    )
+                print(
+                    f"{time.strftime('%H:%M:%S')} {name} ends after {_duration(time.monotonic() - begun)}", flush=True
+                )
+    except KeyboardInterrupt:
+        sys.exit("Stopped; what is done is kept, and the same command goes on from there.")
+    finally:
+        for process, _, _ in running.values():
+            process.terminate()
+            process.wait()
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(str(error))
