@@ -321,6 +321,11 @@ class Ablation:
         return {level: finding for level, finding in self.moved.items() if finding.verdict in verdicts}
 
     @property
+    def decided(self) -> dict[float, Finding]:
+        """The levels that are better or worse."""
+        return self.having(BETTER, WORSE)
+
+    @property
     def best(self) -> float | None:
         """Of the levels that are decided to be better, that with the largest effect."""
         better = self.having(BETTER)
@@ -337,7 +342,7 @@ class Comparisons:
 
     runs: the table of confirm.records. n_test: test samples. base, plan: as recorded; an older record has none, so they
     are found from the runs. best_trial, with_claims: see plan().
-    findings: {question: Finding}. open: {question: the seeds on each side that it is predicted to need} of those that no
+    findings: {question: Finding}. given_up: {question: the seeds on each side that it is predicted to need} of those that no
     look of the schedule is predicted to decide. All other undecided questions wait for seeds.
     """
 
@@ -364,7 +369,7 @@ class Comparisons:
         m = len(self.plan.questions)
         self.findings = {question.name: Finding(question, found[question.name], m) for question in self.plan.questions}
         names = {name for q in self.plan.questions for contrast in q.contrasts for name in (contrast.a, contrast.b)}
-        self.open = evidence.next_blocks(self.plan, looks, self.n_seeds, dict.fromkeys(names, 1.0))[1]
+        self.given_up = evidence.next_blocks(self.plan, looks, self.n_seeds, dict.fromkeys(names, 1.0))[1]
         by_ce = self.runs[self.runs["role"] != ""].groupby("role", sort=False)["test_ce"].mean()
         self.roles: list[str] = list(by_ce.sort_values(kind="stable").index)
         self._runs = {name: rows.sort_values("seed") for name, rows in self.runs.groupby("name", sort=False)}

@@ -315,6 +315,13 @@ class Confirmed:
         return [finding for finding in self.comparisons.findings.values() if not finding.answer.decided]
 
     @property
+    def open_claims(self) -> dict[Claim, Decision]:
+        """The claims that are undecided or not tested, and are no question of the runs."""
+        found = {claim: one for claim, one in self.decisions.items() if one.verdict in (UNDECIDED, NOT_TESTED)}
+        questions = self.comparisons.findings
+        return {claim: one for claim, one in found.items() if one.basis != "question" and claim.quote not in questions}
+
+    @property
     def n_shared(self) -> int:
         """How many supported claims are the same question as another of them."""
         supported = [one for one in self.decisions.values() if one.verdict == SUPPORTED and one.basis == "question"]
