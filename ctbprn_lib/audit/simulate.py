@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,13 @@ from ctbprn_lib.evidence import (
     Question,
     Schedule,
 )
-from ctbprn_lib.report.comparisons import BEST, CLAIMS, TRIAL_2
+from ctbprn_lib.report import comparisons
+from ctbprn_lib.report.comparisons import CLAIMS, DEFAULTS, TRIAL_2
 from ctbprn_lib.train import TABLE, Hyperparameters
 
 ACCURACY = 0.97  # mean test accuracy of a configuration to which no effect is added
 CE_PER_ERROR = 2.4  # nats of simulated cross-entropy for an error of 1
 EQUAL_SAMPLES = ", equal samples"  # end of a factor's name
-SHAPES = [name for name, entry in TABLE.items() if entry.shapes]  # what changes the initial values that a seed draws
 RESOLUTION = 1 / 8192  # of a simulated accuracy: 8,192 test samples
 
 
@@ -163,74 +163,40 @@ def measured(path: Path) -> Study:
     trials = means[means.index.str.startswith("trial ")]
     moved = table["factor"].str.removesuffix(EQUAL_SAMPLES).isin(numbers) & table["base"].isin(means.index)
     table = table[moved | (table["role"] != "")]
-    rows: dict[str, pd.DataFrame] = {}  # of each configuration
-    found: dict[tuple[str, str, float | str], str] = {}  # the configuration of each (base, factor, level)
-    for (role, base, factor, level), part in table.groupby([*text, "level"], sort=False, dropna=False):
-        name = role
-        if not role:
-            own = roles.get_group(base)[factor.removesuffix(EQUAL_SAMPLES)].iloc[0]
-            name = f"{base} ablated" if level == own else f"{base}, {factor} {level:g}"
-            found[base, factor, level] = name
-        rows[name] = part.sort_values("seed")
+    table = comparisons.named(table)
+    rows = {name: part.drop_duplicates("seed").sort_values("seed") for name, part in table.groupby("name", sort=False)}
     n_seeds = min((len(part) for part in rows.values()), default=0)
     errors = np.array([1 - part["test_accuracy"].to_numpy()[:n_seeds] for part in rows.values()])
     whole = n_seeds > 1 and np.isfinite(errors).all()
-    if not whole or not found or trials.empty or not {TRIAL_2, "defaults"} <= set(means.index):
+    base = comparisons.ablated(table)
+    if not whole or not base or trials.empty or not {TRIAL_2, DEFAULTS} <= set(means.index):
         raise InputError(
             f"{path}: expected a trial, {TRIAL_2}, the defaults and an ablation of one of them, "
             "each with the test_accuracy of at least two seeds"
         )
     logs = np.log(np.maximum(errors, RESOLUTION / 2))
-    groups = [(bool(part["role"].iloc[0]), *part[SHAPES].iloc[0]) for part in rows.values()]
-    bases = list(dict.fromkeys(base for base, _, _ in found))
-    base = next((name for name in bases if name != TRIAL_2), TRIAL_2)
-    found |= {("", "role", role): role for role in means.index} | {("", "role", BEST): trials.idxmax()}
-    levels, claims, others = _questions(base, found, dict(zip(rows, groups, strict=True)))
+    configurations = comparisons.Configurations(table, base)
+    plan = comparisons.plan(table, base, str(trials.idxmax()))
+    own = configurations.own
+    levels = [question for question in plan.questions if not question.is_claim and question.contrasts[0].b == own]
+    asked = [set(configurations.of_claim(claim)) for claim in CLAIMS if claim.score == "test_accuracy"]
+    of_accuracy = [question for question in plan.questions if question.is_claim and question.score == "test_accuracy"]
+    claims = {question: asked.count(set(question.contrasts)) for question in of_accuracy}
+    others = [question for question in plan.questions if question not in levels and question not in claims]
+    for i, question in enumerate(others):
+        if question.score != "test_accuracy":
+            others[i] = replace(question, contrasts=(Contrast(question.name, own, False),))
+    others += [Question(f"without {part}", (Contrast(f"without {part}", own, True),)) for part in comparisons.PARTS]
     return Study(
         names=list(rows),
         accuracy=1 - errors.mean(1),
         deviations=logs - logs.mean(1, keepdims=True),
-        groups=groups,
+        groups=[(bool(part["role"].iloc[0]), *part[comparisons.SHAPES].iloc[0]) for part in rows.values()],
         seconds={name: float(part["train_seconds"].iloc[0]) / len(part) for name, part in rows.items()},
         levels=levels,
         claims=claims,
         plan=Plan((*levels, *claims, *others)),
     )
-
-
-def _questions(
-    base: str, found: Mapping[tuple[str, str, float | str], str], groups: Mapping[str, tuple]
-) -> tuple[list[Question], dict[Question, int], list[Question]]:
-    """The levels of base, {distinct claim: how often the original makes it}, and all other questions of a report.
-
-    found: the configuration of each (base, factor, level) and of each ("", "role", role). groups: of configurations.
-    """
-
-    def contrast(a: str, b: str) -> Contrast:
-        return Contrast(a, b, groups[a] == groups[b])
-
-    own, best = f"{base} ablated", found["", "role", BEST]
-    names = dict.fromkeys(name for (of, _, _), name in found.items() if of == base and name != own)
-    levels = [Question(name, (contrast(name, own),)) for name in names]
-    quotes: dict[tuple[Contrast, ...], list[str]] = {}
-    others = [Question(f"{best} against {role}", (contrast(best, role),)) for role in ("defaults", TRIAL_2)]
-    for part in ("routing", "message", "noise"):
-        others.append(Question(f"without {part}", (Contrast(f"without {part}", own, True),)))
-    for claim in CLAIMS:
-        sides: list[tuple[str | None, str | None]] = []
-        for of, factor, good, rivals, score in claim.contrasts:
-            at = base if of == BEST else of
-            pairs = [(found.get((at, factor, a)), found.get((at, factor, b))) for a in good for b in rivals]
-            sides += pairs if score == "test_accuracy" else [(None, None)]
-        contrasts = tuple(dict.fromkeys(contrast(a, b) for a, b in sides if a and b))
-        if not sides:
-            continue
-        if all(a and b for a, b in sides):
-            quotes.setdefault(contrasts, []).append(claim.quote)
-        else:
-            others.append(Question(claim.quote, (Contrast(claim.quote, own, False),), is_claim=True))
-    claims = {Question(said[0], contrasts, is_claim=True): len(said) for contrasts, said in quotes.items()}
-    return levels, claims, others
 
 
 Looks = dict[str, tuple[tuple[Look, ...], ...]]  # of each question, those of its contrasts

@@ -103,15 +103,16 @@ def named(runs: pd.DataFrame) -> pd.DataFrame:
     """runs with the columns name and without, which records of before do not have."""
     if "name" in runs:
         return runs
-    own = runs[runs["role"] != ""].drop_duplicates("role").set_index("role")
-    names = {}
-    for role, base, factor, level in runs[["role", "base", "factor", "level"]].drop_duplicates().itertuples(index=False):
-        name = role or f"{base}: {level_name(factor, level)}"
-        if not role and base in own.index and level == own.loc[base, hyperparameter(factor)]:
-            name = f"{base} again"
-        names[role, base, factor, str(level)] = name
-    keys = zip(runs["role"], runs["base"], runs["factor"], runs["level"].map(str), strict=True)
-    return runs.assign(name=[names[key] for key in keys], without="")
+    settings = runs[runs["role"] != ""].drop_duplicates("role").set_index("role").to_dict("index")
+
+    def name_of(role: str, base: str, factor: str, level: float) -> str:
+        if role:
+            return role
+        is_own = base in settings and settings[base][hyperparameter(factor)] == level
+        return f"{base} again" if is_own else f"{base}: {level_name(factor, level)}"
+
+    places = zip(*(runs[column] for column in ("role", "base", "factor", "level")), strict=True)
+    return runs.assign(name=[name_of(*place) for place in places], without="")
 
 
 def hyperparameter(factor: str) -> str:
@@ -152,9 +153,8 @@ class Configurations:
 
     def levels(self, factor: str) -> dict[float, str]:
         """{level: name} of one ablation of the base, in order, its own level included."""
-        return {
-            level: name for (of, moved, level), name in sorted(self.places.items()) if (of, moved) == (self.base, factor)
-        }
+        places = sorted(self.places.items())
+        return {level: name for (of, moved, level), name in places if (of, moved) == (self.base, factor)}
 
     @property
     def factors(self) -> list[str]:
@@ -174,7 +174,7 @@ class Configurations:
         """{contrast: its two sides in words} of a claim; {} if a configuration that it needs is not there."""
         found: dict[Contrast, str] = {}
         for a, b, words in self._pairs(claim):
-            if a not in self.rows.index or b not in self.rows.index:
+            if a is None or b is None or not {a, b} <= set(self.rows.index):
                 return {}
             found.setdefault(self.contrast(a, b), words)
         return found
@@ -228,10 +228,12 @@ def plan(
         name = f"{base}: without {part}"
         if name in c.rows.index and c.own in c.rows.index:
             questions.append(Question(f"without {part}", (c.contrast(name, c.own),), margin=margin))
-    settings = [*TABLE, "n_steps"]
+    settings = c.rows[[*TABLE, "n_steps"]]
     for rival in (DEFAULTS, TRIAL_2):
-        if {best_trial, rival} <= set(c.roles) and (c.rows.loc[best_trial, settings] != c.rows.loc[rival, settings]).any():
-            contrast = c.contrast(str(best_trial), rival)
+        if best_trial is None or not {best_trial, rival} <= set(c.roles):
+            continue
+        if (settings.loc[best_trial] != settings.loc[rival]).any():
+            contrast = c.contrast(best_trial, rival)
             questions.append(Question(f"{best_trial} against {rival}", (contrast,), margin=margin))
     return Plan(tuple(questions), schedule)
 
@@ -342,8 +344,8 @@ class Comparisons:
 
     runs: the table of confirm.records. n_test: test samples. base, plan: as recorded; an older record has none, so they
     are found from the runs. best_trial, with_claims: see plan().
-    findings: {question: Finding}. given_up: {question: the seeds on each side that it is predicted to need} of those that no
-    look of the schedule is predicted to decide. All other undecided questions wait for seeds.
+    findings: {question: Finding}. given_up: of the questions that no look of the schedule is predicted to decide, the
+    seeds on each side that they are predicted to need. All other undecided questions wait for seeds.
     """
 
     def __init__(
@@ -399,9 +401,9 @@ class Comparisons:
                 elif finding and finding.is_tested:
                     moved[level] = finding
                     ce[level] = self.difference(name, self.configurations.own, "test_ce")
-            table = pd.DataFrame(rows, columns=["level", "mean", "low", "high", "n_steps", "n_seeds"]).set_index("level")
+            columns = ["level", "mean", "low", "high", "n_steps", "n_seeds"]
             if moved:
-                found.append(Ablation(factor, own, moved, ce, table))
+                found.append(Ablation(factor, own, moved, ce, pd.DataFrame(rows, columns=columns).set_index("level")))
         return found
 
     @property
@@ -462,9 +464,7 @@ class Comparisons:
             question = finding.question
             same = question.is_claim and set(question.contrasts) == set(contrasts) and question.score == claim.score
             if contrasts and same and finding.is_tested:
-                return Decision(
-                    finding.verdict, "question", {"finding": finding, "sides": contrasts[finding.deciding]}
-                )
+                return Decision(finding.verdict, "question", {"finding": finding, "sides": contrasts[finding.deciding]})
         return Decision(NOT_TESTED)
 
     def claims(self, others: Mapping[str, Decision] | None = None) -> dict[Claim, Decision]:
@@ -479,8 +479,8 @@ class Comparisons:
         """The space for the next search: decided evidence alone changes the one that was searched.
 
         A level is dead if its accuracy is decided to be worse and lies more than MARGIN lower. A range then ends at the
-        outermost level that was tested in it and stays. A level outside comes in if it is better, and so does the base's
-        own level.
+        outermost level that was tested in it and stays. A level outside comes in if it is better, and so does the own
+        level.
         """
         new = dict(space)
         for ablation in self.ablations:

@@ -310,6 +310,18 @@ class Confirmed:
         return {name: gap for name, gap in gaps.items() if gap > 0}
 
     @property
+    def effects(self) -> pd.DataFrame:
+        """One row for each tested question that is no claim: group, label, effect, low, high and verdict."""
+        groups: dict[str, Mapping[Any, Finding]] = {ablation.factor: ablation.moved for ablation in self.ablations}
+        groups |= {"parts": self.comparisons.parts, "tuning": self.comparisons.tuning}
+        rows = [
+            (group, finding.question.name, *finding.effect, finding.verdict)
+            for group, findings in groups.items()
+            for finding in findings.values()
+        ]
+        return pd.DataFrame(rows, columns=["group", "label", "effect", "low", "high", "verdict"])
+
+    @property
     def undecided(self) -> list[Finding]:
         """The questions that are not decided, or not even tested."""
         return [finding for finding in self.comparisons.findings.values() if not finding.answer.decided]
@@ -332,7 +344,7 @@ class Confirmed:
     def short_parts(self) -> dict[str, Row]:
         """{part: what leaving it out does in another number of steps}, a look at the data that answers no question.
 
-        n_steps, n_seeds, and test_accuracy and test_ce: (effect, low, high) against the whole network, with 95 % intervals.
+        Fields: n_steps, n_seeds, and (effect, low, high) of test_accuracy and test_ce against the whole network.
         """
         rows = self.comparisons.configurations.rows
         settings = [*HYPERPARAMETERS, "n_steps"]
@@ -351,10 +363,15 @@ class Confirmed:
 
     @cached_property
     def routed(self) -> pd.DataFrame:
-        """The runs, a row for each seed, whose share routed to the true area is known; learnt: whether it is high."""
+        """The runs, a row for each seed, whose share routed to the true area is known.
+
+        learnt: whether this share is at least LEARNT. group: "the base", "without a part" or "other settings".
+        """
         runs = self.comparisons.runs
         runs = runs[runs["route_accuracy"].notna()]
-        return runs.assign(learnt=runs["route_accuracy"] >= LEARNT).reset_index(drop=True)
+        of_base = runs["name"].isin([self.base, self.comparisons.configurations.own])
+        group = np.select([of_base, runs["without"] != ""], ["the base", "without a part"], "other settings")
+        return runs.assign(learnt=runs["route_accuracy"] >= LEARNT, group=group).reset_index(drop=True)
 
     @property
     def learnt(self) -> dict[str, dict[float, tuple[int, int]]]:

@@ -24,11 +24,11 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
 )  # fmt: skip
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 FOREST = {
-    evidence.BETTER: GREEN,
-    evidence.WORSE: RED,
-    evidence.SAME: BLUE,
-    evidence.AT_MOST: SKY,
-    evidence.UNDECIDED: GREY,
+    evidence.BETTER: (GREEN, evidence.BETTER),
+    evidence.WORSE: (RED, evidence.WORSE),
+    evidence.SAME: (BLUE, evidence.SAME),
+    evidence.AT_MOST: (PURPLE, "bounded without a verdict"),
+    evidence.UNDECIDED: (GREY, evidence.UNDECIDED),
 }
 Point = tuple[float, float]
 LABELS = {
@@ -159,19 +159,19 @@ def forest(ax: Axes, effects: pd.DataFrame, margin: float) -> Axes:
     at = -np.arange(len(effects))
     ax.axvspan(-100 * margin, 100 * margin, color=GREY, alpha=0.15, lw=0)
     ax.axvline(0, color=GREY, lw=1)
-    for verdict, color in FOREST.items():
+    for verdict, (color, label) in FOREST.items():
         rows = (effects["verdict"] == verdict).to_numpy()
         part = effects[rows]
         bars = 100 * np.array([part["effect"] - part["low"], part["high"] - part["effect"]])
         if len(part):
-            ax.errorbar(100 * part["effect"], at[rows], xerr=bars, color=color, label=verdict, **POINTS)
+            ax.errorbar(100 * part["effect"], at[rows], xerr=bars, color=color, label=label, **POINTS)
     for place, (before, group) in enumerate(itertools.pairwise(effects["group"])):
         if before != group:
             ax.axhline(-place - 0.5, color=GREY, lw=0.6)
     ax.set_yticks(at, list(effects["label"]))
     ax.set(xlabel="change of the test accuracy (points)", ylim=(0.5 - len(effects), 0.5))
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     return ax
 
 

@@ -186,8 +186,8 @@ def environment() -> jinja2.Environment:
     filters: list[Callable[..., Any]] = [percent, nats, signed_points, signed_nats, interval, p, p_cell, effect, fixed]
     filters += [commas, count, verdict, setting, span, counted, distinct, outside, quoted, header]
     env.filters |= {function.__name__: function for function in filters}
-    env.filters |= {"label": FACTORS.__getitem__, "rule": RULES.__getitem__, "part": PARTS.__getitem__, "command_word": files.word}
-    env.filters |= {"is_finite": math.isfinite, "verdict_on": verdict_on}
+    env.filters |= {"label": FACTORS.__getitem__, "rule": RULES.__getitem__, "part": PARTS.__getitem__}
+    env.filters |= {"is_finite": math.isfinite, "command_word": files.word, "verdict_on": verdict_on}
     for name in ("AT_MOST", "BETTER", "MARGIN", "REFUTED", "SAME", "SUPPORTED", "UNDECIDED", "WORSE"):
         env.globals[name] = getattr(evidence, name)
     for name in ("DEFAULTS", "EQUAL_SAMPLES", "VERDICTS"):
