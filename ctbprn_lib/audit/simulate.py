@@ -1,7 +1,7 @@
 """Simulated records whose truth is known, to see how often the statistics are wrong."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -51,12 +51,13 @@ def spreads(path: Path) -> pd.Series:
 def runs(
     n_seeds: int,
     rng: np.random.Generator,
-    effects: Mapping[tuple[str, float], float] | None = None,
+    effects: Mapping[tuple[str, float | str], float] | None = None,
     spread: float = 0.25,
 ) -> pd.DataFrame:
     """Simulate the confirmed runs of an ordinary report, in which only the given effects act.
 
-    effects: {(factor, level): what it adds to the accuracy, as a share}; None for no effect.
+    effects: {(factor, level): what it adds to the accuracy, as a share}, also for ("without", part of the network);
+    None for no effect.
     spread: standard deviation of log(error) over seeds. Errors are lognormal, so they are skewed and stay above 0.
     Returns a table like that of confirm.records, with one row for each run and seed.
     """
@@ -67,36 +68,37 @@ def runs(
     ladder |= {"seq_len": (32, 64, 128), f"batch_size{EQUAL_SAMPLES}": (8, 16, 32, 64), "n_steps": (250, 500, 1000)}
     roles = ("trial 7", "trial 3", "published trial 1", TRIAL_2, "defaults")
     rows: list[dict[str, object]] = []
-    drawn: dict[tuple[object, ...], np.ndarray] = {}  # errors of each run that has been drawn
+    drawn: dict[str, np.ndarray] = {}  # errors of each configuration that has been drawn
 
-    def draw_errors(factor: str, level: float) -> np.ndarray:
-        error = (1 - ACCURACY) * np.exp(spread * rng.normal(size=n_seeds) - spread**2 / 2)
-        return error - (effects or {}).get((factor, level), 0)
-
-    def add_run(role: str, base_role: str, factor: str, level: float) -> float:
-        """Add the rows of one run; returns its mean cross-entropy in nats."""
-        name = factor.removesuffix(EQUAL_SAMPLES)
-        key: tuple[object, ...] = (base_role, factor, level)
-        if not base_role:
-            key = (role,)
-        elif level == base[name]:
-            key = (base_role, "its own level")  # one run belongs to all factors here
-        if key not in drawn:
-            drawn[key] = draw_errors(factor, level)
-        changed = {name: level} if base_role else {}
-        for seed, error in enumerate(drawn[key]):
+    def add_run(
+        name: str, role: str = "", of: str = "", factor: str = "", level: float = math.nan, part: str = ""
+    ) -> None:
+        """Add the rows of a configuration; one that several factors share is drawn once."""
+        if name not in drawn:
+            error = (1 - ACCURACY) * np.exp(spread * rng.normal(size=n_seeds) - spread**2 / 2)
+            drawn[name] = error - (effects or {}).get((factor, part or level), 0)
+        place = dict(name=name, role=role, base=of, factor=factor, level=level, without=part) | base
+        if not role and not part:
+            place[comparisons.hyperparameter(factor)] = level
+        for seed, error in enumerate(drawn[name]):
             scores = dict(seed=seed, test_accuracy=1 - error, test_ce=CE_PER_ERROR * error, route_accuracy=1 - error)
-            rows.append(dict(role=role, base=base_role, factor=factor, level=level) | base | changed | scores)
-        return float((CE_PER_ERROR * drawn[key]).mean())
+            rows.append(place | scores)
 
-    ce = {role: add_run(role, "", "", math.nan) for role in roles}
-    best = min(roles, key=lambda role: ce[role])
+    def move(of: str, factor: str, levels: Iterable[float]) -> None:
+        own = base[comparisons.hyperparameter(factor)]
+        for level in sorted({*levels, own}):
+            moved = f"{of}: {comparisons.level_name(factor, level)}"
+            add_run(f"{of} again" if level == own else moved, of=of, factor=factor, level=level)
+
+    for role in roles:
+        add_run(role, role)
+    best = min(roles, key=lambda role: float(drawn[role].mean()))
     for factor, levels in ladder.items():
-        for level in sorted({*levels, base[factor.removesuffix(EQUAL_SAMPLES)]}):
-            add_run("", best, factor, level)
+        move(best, factor, levels)
+    for part in comparisons.PARTS:
+        add_run(f"{best}: without {part}", of=best, factor="without", part=part)
     if best != TRIAL_2:
-        for level in (32, 64, 128):
-            add_run("", TRIAL_2, "seq_len", level)
+        move(TRIAL_2, "seq_len", ladder["seq_len"])
     return pd.DataFrame(rows)
 
 

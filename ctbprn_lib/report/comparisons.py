@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import yaml
+from scipy import optimize, stats
 
 from ctbprn_lib import evidence
 from ctbprn_lib.evidence import (
@@ -141,14 +141,14 @@ class Configurations:
 
     def __init__(self, table: pd.DataFrame, base: str) -> None:
         self.base, self.own = base, f"{base} again"
-        self.rows = table.drop_duplicates("name").set_index("name")
-        self.roles = [name for name, role in self.rows["role"].items() if role]
+        self.rows: dict[str, dict[str, Any]] = table.drop_duplicates("name").set_index("name").to_dict("index")
+        self.roles = [name for name, row in self.rows.items() if row["role"]]
         self.places: dict[tuple[str, str, float], str] = {}  # the name of each level of each ablation
         moved = table[(table["base"] != "") & ~table["factor"].isin(["", "without"])]
         for of, factor, level, name in moved[["base", "factor", "level", "name"]].itertuples(index=False):
             own = f"{of} again"
-            if own in self.rows.index:
-                self.places[of, factor, self.rows.loc[own, hyperparameter(factor)]] = own
+            if own in self.rows:
+                self.places[of, factor, self.rows[own][hyperparameter(factor)]] = own
             self.places[of, factor, level] = name
 
     def levels(self, factor: str) -> dict[float, str]:
@@ -166,15 +166,15 @@ class Configurations:
 
         Roles have other seeds than ablations.
         """
-        first, second = self.rows.loc[a], self.rows.loc[b]
+        first, second = self.rows[a], self.rows[b]
         same_seeds = (first["role"] == "") == (second["role"] == "")
-        return Contrast(a, b, bool(same_seeds and (first[SHAPES] == second[SHAPES]).all()))
+        return Contrast(a, b, same_seeds and all(first[name] == second[name] for name in SHAPES))
 
     def of_claim(self, claim: Claim) -> dict[Contrast, str]:
         """{contrast: its two sides in words} of a claim; {} if a configuration that it needs is not there."""
         found: dict[Contrast, str] = {}
         for a, b, words in self._pairs(claim):
-            if a is None or b is None or not {a, b} <= set(self.rows.index):
+            if a is None or b is None or not {a, b} <= self.rows.keys():
                 return {}
             found.setdefault(self.contrast(a, b), words)
         return found
@@ -226,13 +226,13 @@ def plan(
             questions.append(Question(claim.quote, contrasts, True, of_claim, claim.score))
     for part in PARTS:
         name = f"{base}: without {part}"
-        if name in c.rows.index and c.own in c.rows.index:
+        if {name, c.own} <= c.rows.keys():
             questions.append(Question(f"without {part}", (c.contrast(name, c.own),), margin=margin))
-    settings = c.rows[[*TABLE, "n_steps"]]
     for rival in (DEFAULTS, TRIAL_2):
         if best_trial is None or not {best_trial, rival} <= set(c.roles):
             continue
-        if (settings.loc[best_trial] != settings.loc[rival]).any():
+        first, second = c.rows[best_trial], c.rows[rival]
+        if any(first[name] != second[name] for name in (*TABLE, "n_steps")):
             contrast = c.contrast(best_trial, rival)
             questions.append(Question(f"{best_trial} against {rival}", (contrast,), margin=margin))
     return Plan(tuple(questions), schedule)
@@ -452,10 +452,12 @@ class Comparisons:
         t = t[~t["is_claim"] & t["seeds"].notna()]
         weights = dict(zip(self.plan.schedule.looks, self.plan.schedule.weights, strict=True))
         looks = [n for n in sorted({self.plan.schedule.looks[0], int(t["seeds"].max())}) if n > 3]
-        return {
-            bool(paired): {n: _smallest_effect(sd, n, self.plan.level * weights[n]) for n in looks}
-            for paired, sd in t.groupby("paired")["sd"].median().items()
-        }
+        found = {}
+        for paired, sd in t.groupby("paired")["sd"].median().items():
+            levels = {n: self.plan.level * weights[n] for n in looks}
+            df = {n: n - 1 if paired else 2 * n - 2 for n in looks}
+            found[bool(paired)] = {n: _smallest_effect(sd, n, df[n], levels[n]) for n in looks}
+        return found
 
     def decide(self, claim: Claim) -> Decision:
         """What the runs say of a claim."""
@@ -508,10 +510,11 @@ def _schedule(n_seeds: Mapping[str, int]) -> Schedule:
     return SCHEDULE if most >= SCHEDULE.looks[0] else Schedule((max(most, 2),), (1.0,))
 
 
-def _smallest_effect(sd: float, n: int, level: float) -> float:
-    """The difference that a two-sided test at this level shows after n seeds in 80 % of cases (predicted_seeds)."""
-    quantile = NormalDist().inv_cdf(1 - level / 2) + evidence.POWER_QUANTILE
-    return sd * quantile / math.sqrt(n - 3)
+def _smallest_effect(sd: float, n: int, df: float, level: float) -> float:
+    """The difference that a two-sided t test at this level shows after n seeds in 80 % of cases.  sd, df: see Look."""
+    critical = stats.t.isf(level / 2, df)
+    noncentrality = optimize.brentq(lambda x: stats.nct.sf(critical, df, x) - 0.8, 0, 3 * critical + 3)
+    return sd * noncentrality / math.sqrt(n)
 
 
 def from_reproduction(trial_1: pd.DataFrame, trial_2: pd.DataFrame, published: float) -> dict[str, Decision]:

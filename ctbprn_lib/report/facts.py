@@ -20,7 +20,7 @@ from ctbprn_lib import InputError, confirm, evidence, files, published, search, 
 from ctbprn_lib.evidence import LEVEL, NOT_TESTED, REFUTED, SUPPORTED, UNDECIDED
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.report import comparisons
-from ctbprn_lib.report.comparisons import PARTS, Ablation, Claim, Comparisons, Decision, Finding, from_reproduction
+from ctbprn_lib.report.comparisons import Ablation, Claim, Comparisons, Decision, Finding, from_reproduction
 from ctbprn_lib.search import HYPERPARAMETERS
 from ctbprn_lib.tasks import RoutingTask
 from ctbprn_lib.train import Hyperparameters
@@ -346,19 +346,19 @@ class Confirmed:
 
         Fields: n_steps, n_seeds, and (effect, low, high) of test_accuracy and test_ce against the whole network.
         """
-        rows = self.comparisons.configurations.rows
-        settings = [*HYPERPARAMETERS, "n_steps"]
-        whole = rows[(rows["base"] == self.base) & (rows["without"] == "")]
-        found = {}
-        for name, row in rows[rows["without"].isin(PARTS)].iterrows():
-            same = whole[(whole[settings] == row[settings]).all(axis=1)]
-            if name == f"{self.base}: without {row['without']}" or same.empty:
-                continue
-            sides = str(name), str(same.index[0])
-            row = {"n_steps": row["n_steps"], "n_seeds": min(self.comparisons.n_seeds[side] for side in sides)} | {
-                score: self.comparisons.difference(*sides, score) for score in ("test_accuracy", "test_ce")
-            }
-            found[rows.loc[name, "without"]] = row
+
+        def settings(row: Row) -> list[Any]:
+            return [row[name] for name in (*HYPERPARAMETERS, "n_steps")]
+
+        rows, found = self.comparisons.configurations.rows, {}
+        whole = [(name, row) for name, row in rows.items() if row["base"] == self.base and not row["without"]]
+        for name, row in rows.items():
+            beside = next((other for other, its in whole if settings(its) == settings(row)), None)
+            if row["without"] and beside and name != f"{self.base}: without {row['without']}":
+                scores = ("test_accuracy", "test_ce")
+                effects = {score: self.comparisons.difference(name, beside, score) for score in scores}
+                n_seeds = min(self.comparisons.n_seeds[one] for one in (name, beside))
+                found[row["without"]] = {"n_steps": row["n_steps"], "n_seeds": n_seeds} | effects
         return found
 
     @cached_property
