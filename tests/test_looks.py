@@ -270,8 +270,10 @@ def test_the_questions_of_the_committed_study(study):
     assert {c.b for question in study.levels for c in question.contrasts} < set(study.names)
     assert all(study.seconds[name] > 0 for name in study.names) and set(study.levels) < set(study.plan.questions)
     paired = {question.name: question.contrasts[0].paired for question in study.levels}
-    assert not any(pairs for name, pairs in paired.items() if ", d " in name or ", rank " in name)
-    assert all(pairs for name, pairs in paired.items() if ", lr " in name or ", batch_size" in name)
+    assert not any(pairs for name, pairs in paired.items() if name.startswith(("d ", "rank ")))
+    assert all(pairs for name, pairs in paired.items() if name.startswith(("lr ", "batch_size ")))
+    assert len(paired) == 29 and sorted(study.claims.values()) == [1] * 10 + [3]
+    assert len(study.plan.questions) == 29 + 12 + 3 + 2
 
 
 def test_simulated_scores_have_the_means_and_pairs_of_the_study(study):

@@ -20,7 +20,7 @@ from ctbprn_lib import InputError, evidence, report, scoring, search, storage, t
 from ctbprn_lib.audit import simulate
 from ctbprn_lib.confirm import choose_best
 from ctbprn_lib.model import CTBPRN
-from ctbprn_lib.report import facts, figures
+from ctbprn_lib.report import comparisons, facts, figures
 from ctbprn_lib.report import text as form
 from ctbprn_lib.train import Budget
 
@@ -75,16 +75,30 @@ def made_up(outside="x", **changes):
                "n_features": 4, "largest_share": 0.9, "given": outside}  # fmt: skip
     baselines = {"majority class": 0.5, "linear rule": 0.9}
     made = facts.Facts("made-up", question, task, samples, baselines, pd.DataFrame(rows), ((5, "fail", outside),), {})
-    runs = simulate.runs(4, np.random.default_rng(0)).assign(
+    effects = {("d", 32): -0.05, ("without", "message"): -0.2, ("n_steps", 1000): 0.02}
+    runs = simulate.runs(16, np.random.default_rng(0), effects, spread=0.1).assign(
         **dict.fromkeys(("device", "torch", "commit"), outside), train_seconds=1.0
     )
     runs = runs.assign(test_balanced_accuracy=0.5, peak_mem_mib=runs["d"], n_parameters=1000)
-    runs = runs.replace({"role": {"trial 7": "trial 1", "trial 3": "trial 0"}})
-    runs = runs.replace({"base": {"trial 7": "trial 1", "trial 3": "trial 0"}})
-    about = dict(n_seeds=4, n_test=8192, n_top=3, seed=0, best=choose_best(runs))
+    names = {"^trial 7": "trial 1", "^trial 3": "trial 0"}
+    runs = runs.replace(dict.fromkeys(("role", "base", "name"), names), regex=True)
+    runs.loc[runs["role"] == "defaults", "lr"] = 1e-3
+    runs.loc[runs["seed"] > 12, "route_accuracy"] = 0.6
+    about = dict(n_test=8192, n_top=3, seed=0, best=choose_best(runs))
     about["largest_batch"] = {"batch_size": 64, "free_mib": 100, "tried_twice": True}
     made = replace(made, **changes)
-    return made, replace(made, confirmed=facts.confirmed(made, runs, about))
+    older = runs[(runs["without"] == "") & (runs["seed"] < 4)].drop(columns=["name", "without"])
+    older = older.assign(route_accuracy=np.nan)
+    base = comparisons.ablated(runs)
+    plan = comparisons.plan(runs, base, "trial 0", with_claims=comparisons.has_claims(made.task))
+    short = runs[(runs["without"] == "noise") & (runs["seed"] < 8)].assign(n_steps=1000)
+    newer = pd.concat([runs, short.assign(name=short["name"] + ", 1000 steps")], ignore_index=True)
+    newer = newer[(newer["seed"] < 8) | newer["name"].str.contains("again|message|n_steps")]
+    known = {"base": base, "best_trial": "trial 0", "plan": json.loads(json.dumps(asdict(plan))), "out_of_time": True}
+    return made, *(
+        replace(made, confirmed=facts.confirmed(made, *record))
+        for record in ((older, about | {"n_seeds": 4}), (newer, about | known))
+    )
 
 
 def test_the_whole_template_is_filled_by_facts_that_no_database_holds():
@@ -92,6 +106,41 @@ def test_the_whole_template_is_filled_by_facts_that_no_database_holds():
         for section in report.sections():
             text = report.render(made, section)
             assert text and not re.search(r"nan\b|None|[{}]{2}|\d\.\d{6}|  ", text), (section, text)
+
+
+def test_what_a_record_of_today_has_more_than_those_of_before():
+    _, older, newer = made_up("routing")
+    before, now = ({name: report.render(one, name) for name in report.sections()} for one in (older, newer))
+    assert "no network without one of its parts" in before["parts"] and "does not hold" in before["routing"]
+    assert "time that was given ended" in now["summary"] and "ended before" not in before["summary"]
+    assert re.search(r"trained again, each with 8 to 16 fresh seeds", now["summary"])
+    assert "each with 4 fresh seeds" in before["summary"]
+    message = next(line for line in now["parts"].splitlines() if line.startswith("| the message"))
+    assert (
+        message.endswith("| 16 | < 0.001 | worse |") and "noise on the gates in training, 1,000 steps" in now["parts"]
+    )
+    assert "**Without the message between areas** the network is worse: -2" in now["key_findings"]
+    assert "Length of training: 1000 instead of 500 is better: +" in now["recommendations"]
+    seeds = newer.confirmed.comparisons.runs
+    learnt = seeds["route_accuracy"] >= 0.9
+    start = f"**{learnt.sum()} of {len(seeds)} seeds have learnt to route**"
+    means = [f"{100 * seeds.loc[group, 'test_accuracy'].mean():.1f} %" for group in (learnt, ~learnt)]
+    for section in ("routing", "key_findings"):
+        assert start in now[section] and f"is {means[0]}; that of the others is {means[1]}." in now[section]
+    own = newer.confirmed.comparisons.run(f"{newer.confirmed.base} again")
+    cell = f"16: {(own['route_accuracy'] >= 0.9).sum()} of {len(own)}"
+    assert cell in next(line for line in now["routing"].splitlines() if line.startswith("| Router rank |"))
+    finding = newer.confirmed.comparisons.tuning["defaults"]
+    assert f"best tuning score (trial 0) is beside the untuned defaults {form.verdict(finding)}" in now["key_findings"]
+
+
+def test_data_of_ones_own_has_levels_and_parts_but_no_claims():
+    _, older, newer = made_up("my data.npz")
+    for one in (older, newer):
+        assert not any(finding.question.is_claim for finding in one.confirmed.comparisons.findings.values())
+        assert (
+            "tested in its report" in report.render(one, "claims") and "lr 0.0004" in one.confirmed.comparisons.findings
+        )
 
 
 def test_a_name_that_the_facts_do_not_have_is_an_error():

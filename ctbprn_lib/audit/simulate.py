@@ -1,8 +1,8 @@
 """Simulated records whose truth is known, to see how often the statistics are wrong."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,13 @@ from ctbprn_lib.evidence import (
     Question,
     Schedule,
 )
-from ctbprn_lib.report.comparisons import BEST, CLAIMS, TRIAL_2
+from ctbprn_lib.report import comparisons
+from ctbprn_lib.report.comparisons import CLAIMS, DEFAULTS, TRIAL_2
 from ctbprn_lib.train import TABLE, Hyperparameters
 
 ACCURACY = 0.97  # mean test accuracy of a configuration to which no effect is added
 CE_PER_ERROR = 2.4  # nats of simulated cross-entropy for an error of 1
 EQUAL_SAMPLES = ", equal samples"  # end of a factor's name
-SHAPES = [name for name, entry in TABLE.items() if entry.shapes]  # what changes the initial values that a seed draws
 RESOLUTION = 1 / 8192  # of a simulated accuracy: 8,192 test samples
 
 
@@ -51,12 +51,13 @@ def spreads(path: Path) -> pd.Series:
 def runs(
     n_seeds: int,
     rng: np.random.Generator,
-    effects: Mapping[tuple[str, float], float] | None = None,
+    effects: Mapping[tuple[str, float | str], float] | None = None,
     spread: float = 0.25,
 ) -> pd.DataFrame:
     """Simulate the confirmed runs of an ordinary report, in which only the given effects act.
 
-    effects: {(factor, level): what it adds to the accuracy, as a share}; None for no effect.
+    effects: {(factor, level): what it adds to the accuracy, as a share}, also for ("without", part of the network);
+    None for no effect.
     spread: standard deviation of log(error) over seeds. Errors are lognormal, so they are skewed and stay above 0.
     Returns a table like that of confirm.records, with one row for each run and seed.
     """
@@ -67,36 +68,37 @@ def runs(
     ladder |= {"seq_len": (32, 64, 128), f"batch_size{EQUAL_SAMPLES}": (8, 16, 32, 64), "n_steps": (250, 500, 1000)}
     roles = ("trial 7", "trial 3", "published trial 1", TRIAL_2, "defaults")
     rows: list[dict[str, object]] = []
-    drawn: dict[tuple[object, ...], np.ndarray] = {}  # errors of each run that has been drawn
+    drawn: dict[str, np.ndarray] = {}  # errors of each configuration that has been drawn
 
-    def draw_errors(factor: str, level: float) -> np.ndarray:
-        error = (1 - ACCURACY) * np.exp(spread * rng.normal(size=n_seeds) - spread**2 / 2)
-        return error - (effects or {}).get((factor, level), 0)
-
-    def add_run(role: str, base_role: str, factor: str, level: float) -> float:
-        """Add the rows of one run; returns its mean cross-entropy in nats."""
-        name = factor.removesuffix(EQUAL_SAMPLES)
-        key: tuple[object, ...] = (base_role, factor, level)
-        if not base_role:
-            key = (role,)
-        elif level == base[name]:
-            key = (base_role, "its own level")  # one run belongs to all factors here
-        if key not in drawn:
-            drawn[key] = draw_errors(factor, level)
-        changed = {name: level} if base_role else {}
-        for seed, error in enumerate(drawn[key]):
+    def add_run(
+        name: str, role: str = "", of: str = "", factor: str = "", level: float = math.nan, part: str = ""
+    ) -> None:
+        """Add the rows of a configuration; one that several factors share is drawn once."""
+        if name not in drawn:
+            error = (1 - ACCURACY) * np.exp(spread * rng.normal(size=n_seeds) - spread**2 / 2)
+            drawn[name] = error - (effects or {}).get((factor, part or level), 0)
+        place = dict(name=name, role=role, base=of, factor=factor, level=level, without=part) | base
+        if not role and not part:
+            place[comparisons.hyperparameter(factor)] = level
+        for seed, error in enumerate(drawn[name]):
             scores = dict(seed=seed, test_accuracy=1 - error, test_ce=CE_PER_ERROR * error, route_accuracy=1 - error)
-            rows.append(dict(role=role, base=base_role, factor=factor, level=level) | base | changed | scores)
-        return float((CE_PER_ERROR * drawn[key]).mean())
+            rows.append(place | scores)
 
-    ce = {role: add_run(role, "", "", math.nan) for role in roles}
-    best = min(roles, key=lambda role: ce[role])
+    def move(of: str, factor: str, levels: Iterable[float]) -> None:
+        own = base[comparisons.hyperparameter(factor)]
+        for level in sorted({*levels, own}):
+            moved = f"{of}: {comparisons.level_name(factor, level)}"
+            add_run(f"{of} again" if level == own else moved, of=of, factor=factor, level=level)
+
+    for role in roles:
+        add_run(role, role)
+    best = min(roles, key=lambda role: float(drawn[role].mean()))
     for factor, levels in ladder.items():
-        for level in sorted({*levels, base[factor.removesuffix(EQUAL_SAMPLES)]}):
-            add_run("", best, factor, level)
+        move(best, factor, levels)
+    for part in comparisons.PARTS:
+        add_run(f"{best}: without {part}", of=best, factor="without", part=part)
     if best != TRIAL_2:
-        for level in (32, 64, 128):
-            add_run("", TRIAL_2, "seq_len", level)
+        move(TRIAL_2, "seq_len", ladder["seq_len"])
     return pd.DataFrame(rows)
 
 
@@ -163,74 +165,40 @@ def measured(path: Path) -> Study:
     trials = means[means.index.str.startswith("trial ")]
     moved = table["factor"].str.removesuffix(EQUAL_SAMPLES).isin(numbers) & table["base"].isin(means.index)
     table = table[moved | (table["role"] != "")]
-    rows: dict[str, pd.DataFrame] = {}  # of each configuration
-    found: dict[tuple[str, str, float | str], str] = {}  # the configuration of each (base, factor, level)
-    for (role, base, factor, level), part in table.groupby([*text, "level"], sort=False, dropna=False):
-        name = role
-        if not role:
-            own = roles.get_group(base)[factor.removesuffix(EQUAL_SAMPLES)].iloc[0]
-            name = f"{base} ablated" if level == own else f"{base}, {factor} {level:g}"
-            found[base, factor, level] = name
-        rows[name] = part.sort_values("seed")
+    table = comparisons.named(table)
+    rows = {name: part.drop_duplicates("seed").sort_values("seed") for name, part in table.groupby("name", sort=False)}
     n_seeds = min((len(part) for part in rows.values()), default=0)
     errors = np.array([1 - part["test_accuracy"].to_numpy()[:n_seeds] for part in rows.values()])
     whole = n_seeds > 1 and np.isfinite(errors).all()
-    if not whole or not found or trials.empty or not {TRIAL_2, "defaults"} <= set(means.index):
+    base = comparisons.ablated(table)
+    if not whole or not base or trials.empty or not {TRIAL_2, DEFAULTS} <= set(means.index):
         raise InputError(
             f"{path}: expected a trial, {TRIAL_2}, the defaults and an ablation of one of them, "
             "each with the test_accuracy of at least two seeds"
         )
     logs = np.log(np.maximum(errors, RESOLUTION / 2))
-    groups = [(bool(part["role"].iloc[0]), *part[SHAPES].iloc[0]) for part in rows.values()]
-    bases = list(dict.fromkeys(base for base, _, _ in found))
-    base = next((name for name in bases if name != TRIAL_2), TRIAL_2)
-    found |= {("", "role", role): role for role in means.index} | {("", "role", BEST): trials.idxmax()}
-    levels, claims, others = _questions(base, found, dict(zip(rows, groups, strict=True)))
+    configurations = comparisons.Configurations(table, base)
+    plan = comparisons.plan(table, base, str(trials.idxmax()))
+    own = configurations.own
+    levels = [question for question in plan.questions if not question.is_claim and question.contrasts[0].b == own]
+    asked = [set(configurations.of_claim(claim)) for claim in CLAIMS if claim.score == "test_accuracy"]
+    of_accuracy = [question for question in plan.questions if question.is_claim and question.score == "test_accuracy"]
+    claims = {question: asked.count(set(question.contrasts)) for question in of_accuracy}
+    others = [question for question in plan.questions if question not in levels and question not in claims]
+    for i, question in enumerate(others):
+        if question.score != "test_accuracy":
+            others[i] = replace(question, contrasts=(Contrast(question.name, own, False),))
+    others += [Question(f"without {part}", (Contrast(f"without {part}", own, True),)) for part in comparisons.PARTS]
     return Study(
         names=list(rows),
         accuracy=1 - errors.mean(1),
         deviations=logs - logs.mean(1, keepdims=True),
-        groups=groups,
+        groups=[(bool(part["role"].iloc[0]), *part[comparisons.SHAPES].iloc[0]) for part in rows.values()],
         seconds={name: float(part["train_seconds"].iloc[0]) / len(part) for name, part in rows.items()},
         levels=levels,
         claims=claims,
         plan=Plan((*levels, *claims, *others)),
     )
-
-
-def _questions(
-    base: str, found: Mapping[tuple[str, str, float | str], str], groups: Mapping[str, tuple]
-) -> tuple[list[Question], dict[Question, int], list[Question]]:
-    """The levels of base, {distinct claim: how often the original makes it}, and all other questions of a report.
-
-    found: the configuration of each (base, factor, level) and of each ("", "role", role). groups: of configurations.
-    """
-
-    def contrast(a: str, b: str) -> Contrast:
-        return Contrast(a, b, groups[a] == groups[b])
-
-    own, best = f"{base} ablated", found["", "role", BEST]
-    names = dict.fromkeys(name for (of, _, _), name in found.items() if of == base and name != own)
-    levels = [Question(name, (contrast(name, own),)) for name in names]
-    quotes: dict[tuple[Contrast, ...], list[str]] = {}
-    others = [Question(f"{best} against {role}", (contrast(best, role),)) for role in ("defaults", TRIAL_2)]
-    for part in ("routing", "message", "noise"):
-        others.append(Question(f"without {part}", (Contrast(f"without {part}", own, True),)))
-    for claim in CLAIMS:
-        sides: list[tuple[str | None, str | None]] = []
-        for of, factor, good, rivals, score in claim.contrasts:
-            at = base if of == BEST else of
-            pairs = [(found.get((at, factor, a)), found.get((at, factor, b))) for a in good for b in rivals]
-            sides += pairs if score == "test_accuracy" else [(None, None)]
-        contrasts = tuple(dict.fromkeys(contrast(a, b) for a, b in sides if a and b))
-        if not sides:
-            continue
-        if all(a and b for a, b in sides):
-            quotes.setdefault(contrasts, []).append(claim.quote)
-        else:
-            others.append(Question(claim.quote, (Contrast(claim.quote, own, False),), is_claim=True))
-    claims = {Question(said[0], contrasts, is_claim=True): len(said) for contrasts, said in quotes.items()}
-    return levels, claims, others
 
 
 Looks = dict[str, tuple[tuple[Look, ...], ...]]  # of each question, those of its contrasts

@@ -1,40 +1,58 @@
-"""Every comparison of a confirmed report, adjusted together, and what they say about each claim of the original.
+"""The questions of a confirmed report, their answers, and what these say of each claim of the original.
 
-claims.yaml quotes the claims and says what decides each. Numbers go in and plain values come out; report.md.j2 has the
-sentences.
+claims.yaml quotes the claims and says which configurations decide each. Numbers go in and plain values come out;
+report.md.j2 has the sentences.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import yaml
+from scipy import optimize, stats
 
 from ctbprn_lib import evidence
-from ctbprn_lib.confirm import choose_best
-from ctbprn_lib.evidence import BETTER, LEVEL, MARGIN, NOT_TESTED, REFUTED, SAME, SUPPORTED, UNDECIDED, WORSE
-from ctbprn_lib.train import KINDS
+from ctbprn_lib.evidence import (
+    BETTER,
+    MARGIN,
+    NOT_TESTED,
+    REFUTED,
+    SAME,
+    SCHEDULE,
+    SUPPORTED,
+    UNDECIDED,
+    WORSE,
+    Answer,
+    Contrast,
+    Look,
+    Plan,
+    Question,
+    Schedule,
+)
+from ctbprn_lib.train import KINDS, TABLE
 
-BEST, TRIAL_2 = "best", "published trial 2"
+BEST, TRIAL_2, DEFAULTS = "best", "published trial 2", "defaults"
 EQUAL_SAMPLES = "batch_size, equal samples"
-VERDICTS = (SUPPORTED, REFUTED, SAME, UNDECIDED, NOT_TESTED)  # on a claim
-Run = dict[str, np.ndarray]  # {column: (R,)} of one configuration, a value for each seed
-Test = dict[str, Any]  # one row of Comparisons.tests
+PARTS = ("routing", "message", "noise")  # of the network, each of which is left out once
+ROUTE_MARGIN = 0.05  # the smallest difference of the share routed to the true area that anybody should care about
+CHANCE_ROUTED = 0.5  # this share: of a seed that diverged, on the original's two areas
+SHAPES = [name for name, entry in TABLE.items() if entry.shapes]  # what changes the initial values that a seed draws
+VERDICTS = (SUPPORTED, REFUTED, SAME, evidence.AT_MOST, UNDECIDED, NOT_TESTED)  # on a claim
 
 
-class Contrast(NamedTuple):
+class Sides(NamedTuple):
     """Each good level of a factor against each other level. base: BEST, the role of another run, or "" for roles."""
 
     base: str
     factor: str
     good: tuple
     others: tuple
-    score: str = "test_accuracy"
 
 
 @dataclass(frozen=True)
@@ -43,7 +61,8 @@ class Claim:
 
     quote: str
     decided_by: str
-    contrasts: tuple[Contrast, ...] = ()
+    sides: tuple[Sides, ...] = ()
+    score: str = "test_accuracy"
     record: str = ""
 
 
@@ -51,7 +70,7 @@ class Claim:
 class Decision:
     """The verdict on a claim, and the numbers that its sentence in report.md.j2 needs.
 
-    basis: "tests", "is the best", the claim's record, or "" if nothing has decided it.
+    basis: "question", the claim's record, or "" if nothing has decided it.
     """
 
     verdict: str
@@ -63,209 +82,391 @@ def load_claims() -> tuple[Claim, ...]:
     """The claims of claims.yaml, in the order of the original."""
     claims = []
     for entry in yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8")):
-        contrasts = []
-        for one in entry.get("comparisons", ()):
-            score = one.get("score", "test_accuracy")
-            contrasts.append(
-                Contrast(one.get("base", ""), one["factor"], tuple(one["good"]), tuple(one["others"]), score)
-            )
-        claims.append(Claim(entry["claim"], entry["decided_by"], tuple(contrasts), entry.get("record", "")))
+        sides = tuple(
+            Sides(one.get("base", ""), one["factor"], tuple(one["good"]), tuple(one["others"]))
+            for one in entry.get("comparisons", ())
+        )
+        score = entry.get("score", "test_accuracy")
+        claims.append(Claim(entry["claim"], entry["decided_by"], sides, score, entry.get("record", "")))
     return tuple(claims)
 
 
 CLAIMS = load_claims()
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """One setting of base moved through its levels, all else equal.
+def has_claims(task: Mapping[str, Any]) -> bool:
+    """Whether the original's claims are about this task.  task: its description."""
+    return bool(task["task"] == "routing" and task["n_tokens"] == 128)
 
-    own: the level of base itself. moved: {level: (accuracy test, CE test)} against it. levels: indexed by level, mean,
-    low, high of the test accuracy, and n_steps, the length of training. of_the_best: whether base is the configuration
-    that was ablated first.
+
+def named(runs: pd.DataFrame) -> pd.DataFrame:
+    """runs with the columns name and without, which records of before do not have."""
+    if "name" in runs:
+        return runs
+    settings = runs[runs["role"] != ""].drop_duplicates("role").set_index("role").to_dict("index")
+
+    def name_of(role: str, base: str, factor: str, level: float) -> str:
+        if role:
+            return role
+        is_own = base in settings and settings[base][hyperparameter(factor)] == level
+        return f"{base} again" if is_own else f"{base}: {level_name(factor, level)}"
+
+    places = zip(*(runs[column] for column in ("role", "base", "factor", "level")), strict=True)
+    return runs.assign(name=[name_of(*place) for place in places], without="")
+
+
+def hyperparameter(factor: str) -> str:
+    """The hyperparameter, or "n_steps", that a factor moves."""
+    return factor.removesuffix(", equal samples")
+
+
+def level_name(factor: str, level: float) -> str:
+    """The name of a question about a level: "lr 0.0004", "batch_size 64, equal samples"."""
+    name = hyperparameter(factor)
+    return f"{name} {level:g}{factor.removeprefix(name)}"
+
+
+def ablated(runs: pd.DataFrame) -> str:
+    """The role whose settings were moved; if there are two, not the published trial 2; "" if there is none."""
+    bases = [base for base in runs["base"].unique() if base]
+    return next((base for base in bases if base != TRIAL_2), bases[0] if bases else "")
+
+
+class Configurations:
+    """The configurations of a plan by name, and the contrasts between them.
+
+    table: a row for each configuration (or more) with name, role, base, factor, level, without, the hyperparameters and
+    n_steps. base: the role that was ablated. f"{base} again" is the base with seeds that did not choose it.
     """
 
-    base: str
+    def __init__(self, table: pd.DataFrame, base: str) -> None:
+        self.base, self.own = base, f"{base} again"
+        self.rows: dict[str, dict[str, Any]] = table.drop_duplicates("name").set_index("name").to_dict("index")
+        self.roles = [name for name, row in self.rows.items() if row["role"]]
+        self.places: dict[tuple[str, str, float], str] = {}  # the name of each level of each ablation
+        moved = table[(table["base"] != "") & ~table["factor"].isin(["", "without"])]
+        for of, factor, level, name in moved[["base", "factor", "level", "name"]].itertuples(index=False):
+            own = f"{of} again"
+            if own in self.rows:
+                self.places[of, factor, self.rows[own][hyperparameter(factor)]] = own
+            self.places[of, factor, level] = name
+
+    def levels(self, factor: str) -> dict[float, str]:
+        """{level: name} of one ablation of the base, in order, its own level included."""
+        places = sorted(self.places.items())
+        return {level: name for (of, moved, level), name in places if (of, moved) == (self.base, factor)}
+
+    @property
+    def factors(self) -> list[str]:
+        """The factors that were moved at the base, in the order of the plan."""
+        return list(dict.fromkeys(factor for of, factor, _ in self.places if of == self.base))
+
+    def contrast(self, a: str, b: str) -> Contrast:
+        """Whether a is better than b. They are compared in pairs if their seeds draw the same initial values.
+
+        Roles have other seeds than ablations.
+        """
+        first, second = self.rows[a], self.rows[b]
+        same_seeds = (first["role"] == "") == (second["role"] == "")
+        return Contrast(a, b, same_seeds and all(first[name] == second[name] for name in SHAPES))
+
+    def of_claim(self, claim: Claim) -> dict[Contrast, str]:
+        """{contrast: its two sides in words} of a claim; {} if a configuration that it needs is not there."""
+        found: dict[Contrast, str] = {}
+        for a, b, words in self._pairs(claim):
+            if a is None or b is None or not {a, b} <= self.rows.keys():
+                return {}
+            found.setdefault(self.contrast(a, b), words)
+        return found
+
+    def _pairs(self, claim: Claim) -> Iterator[tuple[str | None, str | None, str]]:
+        """(name of a good configuration, name of a rival, both in words) of a claim."""
+        for base, factor, good, others in claim.sides:
+            if factor == "role":
+                # The base has been chosen by its scores, so it is compared with the seeds that did not choose it. If it
+                # is published trial 2 itself, its rivals are all other configurations that were confirmed.
+                rivals = {self.base: self.own} if self.base != TRIAL_2 else {r: r for r in self.roles if r != TRIAL_2}
+                yield from ((f"{TRIAL_2} again", name, f"{TRIAL_2} against {role}") for role, name in rivals.items())
+                continue
+            of = self.base if base == BEST else base
+            place = "" if of == self.base else f" at {of}'s settings"
+            place += " (equal samples)" if factor == EQUAL_SAMPLES else ""
+            for a, b in product(good, others):
+                yield self.places.get((of, factor, a)), self.places.get((of, factor, b)), f"{a:g} against {b:g}{place}"
+
+
+def plan(
+    configurations: pd.DataFrame,
+    base: str,
+    best_trial: str | None,
+    schedule: Schedule = SCHEDULE,
+    margin: float = MARGIN,
+    with_claims: bool = True,
+) -> Plan:
+    """The questions of a report. They are fixed before a run of an ablation is scored.
+
+    configurations: see Configurations. best_trial: the role of the trial with the best tuning score, if there is one.
+    with_claims: has_claims of the task.
+    There is a question for each level of the base; for each distinct claim of the original that runs can decide; for
+    each part of the network; and whether the best trial is better than the defaults, and than the published trial 2.
+    """
+    c = Configurations(configurations, base)
+    questions = [
+        Question(level_name(factor, level), (c.contrast(name, c.own),), margin=margin)
+        for (of, factor, level), name in c.places.items()
+        if of == base and name != c.own
+    ]
+    distinct = set()
+    for claim in CLAIMS if with_claims else ():
+        contrasts = tuple(c.of_claim(claim))
+        key = frozenset(contrasts), claim.score
+        if contrasts and key not in distinct:
+            distinct.add(key)
+            of_claim = ROUTE_MARGIN if claim.score == "route_accuracy" else margin
+            questions.append(Question(claim.quote, contrasts, True, of_claim, claim.score))
+    for part in PARTS:
+        name = f"{base}: without {part}"
+        if {name, c.own} <= c.rows.keys():
+            questions.append(Question(f"without {part}", (c.contrast(name, c.own),), margin=margin))
+    for rival in (DEFAULTS, TRIAL_2):
+        if best_trial is None or not {best_trial, rival} <= set(c.roles):
+            continue
+        first, second = c.rows[best_trial], c.rows[rival]
+        if any(first[name] != second[name] for name in (*TABLE, "n_steps")):
+            contrast = c.contrast(best_trial, rival)
+            questions.append(Question(f"{best_trial} against {rival}", (contrast,), margin=margin))
+    return Plan(tuple(questions), schedule)
+
+
+def read_plan(record: Mapping[str, Any]) -> Plan:
+    """The plan that was recorded as dataclasses.asdict has it, by way of JSON."""
+    questions = []
+    for entry in record["questions"]:
+        contrasts = tuple(Contrast(**contrast) for contrast in entry["contrasts"])
+        questions.append(Question(**entry | {"contrasts": contrasts}))
+    looks = {name: tuple(values) for name, values in record["schedule"].items()}
+    return Plan(tuple(questions), Schedule(**looks))
+
+
+def scores_of(runs: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
+    """{score: {name: (R,)}} of runs (see named), in the order of the seeds, for evidence.look_at.
+
+    A configuration has no route_accuracy where its task knows no true area. A seed that diverged routes by chance.
+    """
+    in_order = runs.drop_duplicates(["name", "seed"]).sort_values("seed", kind="stable")
+    found: dict[str, dict[str, np.ndarray]] = {"test_accuracy": {}, "route_accuracy": {}}
+    for name, rows in in_order.groupby("name", sort=False):
+        found["test_accuracy"][name] = rows["test_accuracy"].to_numpy()
+        if rows["route_accuracy"].notna().any():
+            found["route_accuracy"][name] = rows["route_accuracy"].fillna(CHANCE_ROUTED).to_numpy()
+    return found
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A question, its answer, and among how many questions it is asked."""
+
+    question: Question
+    answer: Answer
+    n_questions: int
+
+    @property
+    def verdict(self) -> str:
+        return self.answer.verdict
+
+    @property
+    def is_tested(self) -> bool:
+        return self.verdict != NOT_TESTED
+
+    @property
+    def looks(self) -> dict[Contrast, Look]:
+        """The latest look of each contrast; {} if it is not tested."""
+        return dict(zip(self.question.contrasts, self.answer.looks, strict=False))
+
+    @property
+    def deciding(self) -> Contrast:
+        """The contrast that decides: of a refuted claim the one that is surely worse, else the least favourable."""
+        looks = self.looks
+        worse = [contrast for contrast in looks if looks[contrast].effect < 0]
+        if self.verdict == REFUTED and worse:
+            return min(worse, key=lambda c: looks[c].p_zero)
+        return min(looks, key=lambda c: looks[c].interval(len(looks))[0])
+
+    @property
+    def effect(self) -> tuple[float, float, float]:
+        """(effect, low, high) of the contrast that decides, its interval valid whichever look was the last."""
+        look = self.looks[self.deciding]
+        return look.effect, *look.interval(len(self.looks))
+
+    @property
+    def n_seeds(self) -> int:
+        """The seeds on each side of the contrast that decides."""
+        return self.looks[self.deciding].n
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One setting of the base moved through its levels, all else equal.
+
+    own: the base's own level. moved: {level: Finding} about accuracy. ce: {level: (effect, low, high)} in nats, against
+    the own level. levels: indexed by level, mean, low, high of the test accuracy, n_steps and n_seeds.
+    """
+
     factor: str
     own: float
-    moved: dict[float, tuple[Test, Test]]
+    moved: dict[float, Finding]
+    ce: dict[float, tuple[float, float, float]]
     levels: pd.DataFrame
-    of_the_best: bool
+
+    def having(self, *verdicts: str) -> dict[float, Finding]:
+        """The levels with one of these verdicts."""
+        return {level: finding for level, finding in self.moved.items() if finding.verdict in verdicts}
 
     @property
-    def decided(self) -> list[Test]:
-        """Accuracy tests of levels that are better or worse."""
-        return [accuracy for accuracy, _ in self.moved.values() if accuracy["verdict"] in (BETTER, WORSE)]
+    def decided(self) -> dict[float, Finding]:
+        """The levels that are better or worse."""
+        return self.having(BETTER, WORSE)
 
     @property
-    def undecided(self) -> list[tuple[Test, Test]]:
-        """Both tests of levels whose accuracy is undecided."""
-        return [pair for pair in self.moved.values() if pair[0]["verdict"] == UNDECIDED]
+    def best(self) -> float | None:
+        """Of the levels that are decided to be better, that with the largest effect."""
+        better = self.having(BETTER)
+        return max(better, key=lambda level: better[level].effect[0], default=None)
 
     @property
-    def smaller_and_no_worse(self) -> Test | None:
-        """The accuracy test of the smallest level below own that loses nothing by accuracy or CE."""
-        for level, (accuracy, ce) in self.moved.items():
-            if level < self.own and accuracy["verdict"] in (SAME, BETTER) and ce["verdict"] != WORSE:
-                return accuracy
-        return None
+    def cheapest(self) -> float | None:
+        """The smallest level below the own one that costs at most a point."""
+        return min((level for level in self.having(SAME, BETTER) if level < self.own), default=None)
 
 
 class Comparisons:
-    """All tests of one report, Holm-adjusted together, and the verdicts that follow.
+    """What the runs of a confirmed study answer.
 
-    runs: the table of confirm.records. n_test: test samples; if they are too few to see a difference of MARGIN,
-    equivalence is not tested. best: {"accuracy": role, "ce": role}; chosen from runs if it is not given.
-    tests: one row for each comparison: kind ("confirmed", "ablation", "claim"), base, factor, a, b, score, effect
-    (a - b) with low and high, p_value and p_equivalence with their Holm-adjusted p_holm and p_equivalence_holm
-    (equivalence: accuracies differ by less than MARGIN), sd over seeds (if paired, of differences), and the verdict
-    on a.
+    runs: the table of confirm.records. n_test: test samples. base, plan: as recorded; an older record has none, so they
+    are found from the runs. best_trial, with_claims: see plan().
+    findings: {question: Finding}. given_up: of the questions that no look of the schedule is predicted to decide, the
+    seeds on each side that they are predicted to need. All other undecided questions wait for seeds.
     """
 
-    def __init__(self, runs: pd.DataFrame, n_test: int = 8192, best: Mapping[str, str] | None = None) -> None:
-        runs = runs[(runs["base"] == "") | runs["base"].isin(runs["role"])]  # a base may have failed, its levels not
-        self.n_seeds = int(runs["seed"].max()) + 1
-        self._groups: dict[tuple, Run] = {}
-        columns, in_order = ["role", "base", "factor", "level"], runs.sort_values("seed", kind="stable")
-        for (role, base, factor, level), rows in in_order.groupby(columns, dropna=False, sort=False):
-            key = (role, base, factor, None if math.isnan(level) else level)
-            self._groups[key] = {name: rows[name].to_numpy() for name in rows}
-        self.levels: dict[tuple[str, str], list[float]] = {}  # of each ablation (base, factor), in the plan's order
-        for role, base, factor, level in self._groups:
-            if not role:
-                self.levels[base, factor] = sorted([*self.levels.get((base, factor), []), level])
-        confirmed = runs[runs["role"] != ""].groupby("role", sort=False)
-        means = {name: confirmed[name].mean() for name in ("test_accuracy", "test_ce")}
-        self.roles: list[str] = list(means["test_ce"].sort_values(kind="stable").index)
-        best = best or choose_best(runs)
-        self.best_accuracy, self.best_ce = best["accuracy"], best["ce"]
-        # what BEST means in a Contrast
-        self.base: str = next((base for base, _ in self.levels if base != TRIAL_2), self.best_ce)
-        low, high = evidence.sample_interval(means["test_accuracy"].max(), n_test)
-        self.sees_margin = (high - low) / 2 <= MARGIN
-        self.tests = self._all_tests()
+    def __init__(
+        self,
+        runs: pd.DataFrame,
+        n_test: int = 8192,
+        base: str = "",
+        recorded: Plan | None = None,
+        best_trial: str | None = None,
+        with_claims: bool = True,
+    ) -> None:
+        # the seeds of an older record's base may have failed, but not those of its levels
+        runs = named(runs[(runs["base"] == "") | runs["base"].isin(runs["role"])])
+        self.runs = runs.drop_duplicates(["name", "seed"])
+        self.base = base or ablated(runs)
+        self.configurations = Configurations(runs, self.base)
+        self.n_seeds: dict[str, int] = self.runs["name"].value_counts(sort=False).to_dict()
+        if recorded is None:
+            recorded = plan(runs, self.base, best_trial, _schedule(self.n_seeds), with_claims=with_claims)
+        self.plan, self.best_trial = recorded, best_trial
+        looks = evidence.look_at(self.plan, scores_of(runs), 1 / n_test)
+        found = evidence.answers(self.plan, looks)
+        m = len(self.plan.questions)
+        self.findings = {question.name: Finding(question, found[question.name], m) for question in self.plan.questions}
+        names = {name for q in self.plan.questions for contrast in q.contrasts for name in (contrast.a, contrast.b)}
+        self.given_up = evidence.next_blocks(self.plan, looks, self.n_seeds, dict.fromkeys(names, 1.0))[1]
+        by_ce = self.runs[self.runs["role"] != ""].groupby("role", sort=False)["test_ce"].mean()
+        self.roles: list[str] = list(by_ce.sort_values(kind="stable").index)
+        self._runs = {name: rows.sort_values("seed") for name, rows in self.runs.groupby("name", sort=False)}
 
-    def group(self, base: str, factor: str, level: float | str) -> Run:
-        """One run: a level of an ablation of base; or factor "role" and, as the level, the role's name."""
-        run = self._find(base, factor, level)
-        if run is None:
-            raise KeyError(f"no run of {factor} {level} at {base}")
-        return run
+    def run(self, name: str) -> pd.DataFrame:
+        """The runs of a configuration, a row for each seed, in order."""
+        return self._runs[name]
 
-    def _find(self, base: str, factor: str, level: float | str) -> Run | None:
-        base = self._role(base)
-        return self._groups.get((level, "", "", None) if factor == "role" else ("", base, factor, level))
-
-    def _role(self, base: str) -> str:
-        return self.base if base == BEST else base
-
-    def again(self, role: str) -> Run | None:
-        """A role or BEST as it was measured for its ablation, by seeds that did not choose it. None if it was not."""
-        role = self._role(role)
-        factor = next((factor for base, factor in self.levels if base == role), None)
-        return self.group(role, factor, self.own_level(role, factor)) if factor else None
-
-    def own_level(self, base: str, factor: str) -> float:
-        """The level that the base configuration itself has."""
-        return self.group("", "role", self._role(base))[factor.removesuffix(", equal samples")][0]
+    def difference(self, a: str, b: str, score: str) -> tuple[float, float, float]:
+        """(effect, low, high) of a score of a against b, over the seeds that both have, with a 95 % interval."""
+        n, paired = min(self.n_seeds[a], self.n_seeds[b]), self.configurations.contrast(a, b).paired
+        first, second = (self.run(name)[score].to_numpy()[:n] for name in (a, b))
+        return evidence.compare(first, second, paired)[:3]
 
     @cached_property
     def ablations(self) -> list[Ablation]:
-        """Every ablation, in the order of the plan."""
-        tests, found = self.tests[self.tests["kind"] == "ablation"], []
-        for (base, factor), levels in self.levels.items():
-            rows, own = [], self.own_level(base, factor)
-            for level in levels:
-                run = self.group(base, factor, level)
-                rows.append((level, *evidence.mean_interval(run["test_accuracy"]), run["n_steps"][0]))
-            table = pd.DataFrame(rows, columns=["level", "mean", "low", "high", "n_steps"]).set_index("level")
-            here = tests[(tests["base"] == base) & (tests["factor"] == factor)]
-            pairs = {a: tuple(pair.to_dict("records")) for a, pair in here.groupby("a")}  # accuracy comes before CE
-            moved = {level: pairs[_name(level)] for level in levels if level != own}
-            found.append(Ablation(base, factor, own, moved, table, base == self.base))
+        """Every ablation of the base, in the order of the plan."""
+        found = []
+        for factor in self.configurations.factors:
+            rows, moved, ce, own = [], {}, {}, math.nan
+            for level, name in self.configurations.levels(factor).items():
+                run, finding = self.run(name), self.findings.get(level_name(factor, level))
+                interval = evidence.mean_interval(run["test_accuracy"])
+                rows.append((level, *interval, run["n_steps"].iloc[0], len(run)))
+                if name == self.configurations.own:
+                    own = level
+                elif finding and finding.is_tested:
+                    moved[level] = finding
+                    ce[level] = self.difference(name, self.configurations.own, "test_ce")
+            columns = ["level", "mean", "low", "high", "n_steps", "n_seeds"]
+            if moved:
+                found.append(Ablation(factor, own, moved, ce, pd.DataFrame(rows, columns=columns).set_index("level")))
         return found
 
-    def _all_tests(self) -> pd.DataFrame:
-        rows = []
-        for role in self.roles:
-            for best, score in ((self.best_accuracy, "test_accuracy"), (self.best_ce, "test_ce")):
-                if role != best:
-                    rows.append(self._test("confirmed", "", "role", role, best, score))
-        for (base, factor), levels in self.levels.items():
-            own = self.own_level(base, factor)
-            for level in levels:
-                if level != own:
-                    rows += [self._test("ablation", base, factor, level, own, s) for s in ("test_accuracy", "test_ce")]
-        contrasts = dict.fromkeys(c for claim in CLAIMS for c in claim.contrasts)
-        claimed = [(b, f, g, other, score) for b, f, good, others, score in contrasts for g in good for other in others]
-        rows += [self._test("claim", *asked) for asked in dict.fromkeys(claimed)]
-        tests = pd.DataFrame([row for row in rows if row])
-        tests["p_holm"] = evidence.holm(tests["p_value"])
-        has = tests["p_equivalence"].notna()
-        tests["p_equivalence_holm"] = math.nan
-        tests.loc[has, "p_equivalence_holm"] = evidence.holm(tests.loc[has, "p_equivalence"])
-        tests["verdict"] = [
-            evidence.verdict_on_effect(test.effect, test.p_holm, test.p_equivalence_holm, test.score == "test_ce")
-            for test in tests.itertuples()
-        ]
-        return tests
+    @property
+    def tuning(self) -> dict[str, Finding]:
+        """{rival: whether the best trial is better than it}, where this was asked and tested."""
+        questions = {rival: self.findings.get(f"{self.best_trial} against {rival}") for rival in (DEFAULTS, TRIAL_2)}
+        return {rival: finding for rival, finding in questions.items() if finding and finding.is_tested}
 
-    def _test(self, kind: str, base: str, factor: str, good: Any, other: Any, score: str) -> Test | None:
-        """One row: one level against another. None if one of them has not been run, or has no such score."""
-        if kind == "claim" and factor == "role":
-            a, b = self.again(good), self.again(other)
-        else:
-            a, b = self._find(base, factor, good), self._find(base, factor, other)
-        if a is None or b is None or a is b:
-            return None
-        if min(np.isfinite(run[score]).sum() for run in (a, b)) < 2:  # the task knows no true area
-            return None
-        shapes = ["d", "rank", "batch_size", "seq_len", "n_layers"]
-        paired = all(a[name][0] == b[name][0] for name in shapes)  # the same seeds and shapes
-        found, same = evidence.compare(a[score], b[score], paired), math.nan
-        if score != "test_ce" and self.sees_margin:
-            same = evidence.equivalence(a[score], b[score], MARGIN, paired)
-        sd = np.nanstd(a[score] - b[score], ddof=1)
-        if not paired:
-            sd = math.sqrt((np.nanvar(a[score], ddof=1) + np.nanvar(b[score], ddof=1)) / 2)
-        return dict(kind=kind, base=base, factor=factor, a=_name(good), b=_name(other), score=score, paired=paired,
-                    **found._asdict(), p_equivalence=same, sd=sd)  # fmt: skip
+    @property
+    def parts(self) -> dict[str, Finding]:
+        """{part: what the network without it scores beside the whole}, where this was tested."""
+        questions = {part: self.findings.get(f"without {part}") for part in PARTS}
+        return {part: finding for part, finding in questions.items() if finding and finding.is_tested}
 
-    def seeds_needed(self, tests: Iterable[Test]) -> float:
-        """Seeds a level that would decide all these tests in 80 % of such reports, if effects are as they look.
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row for each contrast of each question.
 
-        An effect further from 0 than from MARGIN shows as a difference first, another as equivalence, where there are
-        test samples enough to show that. math.inf if no number of seeds would do.
+        effect (a - b) with low and high, seeds, p_zero, p_below and p_above are those of its latest look; the verdict,
+        p_times_m (p times the number of questions, looks and contrasts accounted for) and at_most are the question's.
         """
-        margin = MARGIN if self.sees_margin else 0
-        gaps = [max(abs(test["effect"]), margin - abs(test["effect"])) for test in tests]
-        return max(self.n_seeds + 1, *map(self.seeds_to_find, tests, gaps))
+        rows = []
+        for name, finding in self.findings.items():
+            question, answer = finding.question, finding.answer
+            for contrast in question.contrasts:
+                row: dict[str, Any] = {"question": name, "is_claim": question.is_claim}
+                row |= asdict(contrast) | {"score": question.score, "margin": question.margin}
+                if look := finding.looks.get(contrast):
+                    low, high = look.interval(len(question.contrasts))
+                    row |= {"effect": look.effect, "low": low, "high": high, "seeds": look.n}
+                    row |= {"looks": self.plan.schedule.looks.index(look.n) + 1, "sd": look.sd}
+                    row |= {name: getattr(look, name) for name in ("p_zero", "p_below", "p_above")}
+                    row |= {"p_times_m": answer.p_value, "at_most": answer.at_most}
+                rows.append(row | {"verdict": answer.verdict})
+        return pd.DataFrame(rows)
 
-    def seeds_to_find(self, test: Test, gap: float) -> float:
-        """Seeds a level with which a test of this spread shows a difference of gap in 80 % of such reports."""
-        return evidence.seeds_needed(test["sd"], gap, LEVEL / len(self.tests), test["paired"])
+    @property
+    def power(self) -> dict[bool, dict[int, float]]:
+        """{whether in pairs: {seeds: the difference of accuracy that is found in 80 % of reports}} for levels.
 
-    def of(self, contrast: Contrast) -> list[Test]:
-        """The tests of one contrast."""
-        base, factor, good, others, score = contrast
-        t = self.tests
-        rows = (t["kind"] == "claim") & (t["base"] == base) & (t["factor"] == factor) & (t["score"] == score)
-        rows &= t["a"].isin([_name(g) for g in good]) & t["b"].isin([_name(other) for other in others])
-        return t[rows].to_dict("records")
+        The spread is the median over all levels; the numbers of seeds are those of the first look and the last taken.
+        """
+        t = self.table
+        if "seeds" not in t:
+            return {}
+        t = t[~t["is_claim"] & t["seeds"].notna()]
+        weights = dict(zip(self.plan.schedule.looks, self.plan.schedule.weights, strict=True))
+        looks = [n for n in sorted({self.plan.schedule.looks[0], int(t["seeds"].max())}) if n > 3]
+        found = {}
+        for paired, sd in t.groupby("paired")["sd"].median().items():
+            levels = {n: self.plan.level * weights[n] for n in looks}
+            df = {n: n - 1 if paired else 2 * n - 2 for n in looks}
+            found[bool(paired)] = {n: _smallest_effect(sd, n, df[n], levels[n]) for n in looks}
+        return found
 
     def decide(self, claim: Claim) -> Decision:
-        """What the comparisons say of a claim; NOT_TESTED if one of them is missing."""
-        tests = [test for contrast in claim.contrasts for test in self.of(contrast)]
-        if claim.contrasts and len(tests) == sum(len(c.good) * len(c.others) for c in claim.contrasts):
-            verdict = evidence.verdict_on_claim(test["verdict"] for test in tests)
-            undecided = [test for test in tests if test["verdict"] == UNDECIDED]
-            seeds = self.seeds_needed(undecided) if verdict == UNDECIDED else None
-            places = [test["base"] == TRIAL_2 != self.base for test in tests]
-            return Decision(verdict, "tests", {"tests": tests, "at_trial_2": places, "seeds": seeds})
-        if claim.contrasts and self.base == TRIAL_2 and claim.contrasts[0].factor == "role":
-            rivals = self.tests[(self.tests["kind"] == "confirmed") & (self.tests["b"] == TRIAL_2)]
-            told_apart = not (rivals["p_holm"] >= LEVEL).any()
-            return Decision(SUPPORTED if told_apart else UNDECIDED, "is the best", {"told_apart": told_apart})
+        """What the runs say of a claim."""
+        contrasts = self.configurations.of_claim(claim)
+        for finding in self.findings.values():
+            question = finding.question
+            same = question.is_claim and set(question.contrasts) == set(contrasts) and question.score == claim.score
+            if contrasts and same and finding.is_tested:
+                return Decision(finding.verdict, "question", {"finding": finding, "sides": contrasts[finding.deciding]})
         return Decision(NOT_TESTED)
 
     def claims(self, others: Mapping[str, Decision] | None = None) -> dict[Claim, Decision]:
@@ -276,26 +477,20 @@ class Comparisons:
                 decided[claim] = (others or {}).get(claim.record, decision)
         return decided
 
-    def shared(self, claims: Iterable[Claim]) -> int:
-        """How many of these claims rest on comparisons that another of them rests on as well, and on nothing else."""
-        contrasts = [{(self._role(c.base), *c[1:]) for c in claim.contrasts} for claim in claims]
-        return sum(bool(one) and contrasts.count(one) > 1 for one in contrasts)
-
     def next_space(self, space: Mapping[str, Any]) -> dict[str, Any]:
         """The space for the next search: decided evidence alone changes the one that was searched.
 
-        A level is dead if its accuracy is decided to be worse and lies more than MARGIN lower, whatever its CE. A range
-        then ends at the outermost level that was tested in it and stays. A level outside comes in if it is better, and
-        so does the base's own level.
+        A level is dead if its accuracy is decided to be worse and lies more than MARGIN lower. A range then ends at the
+        outermost level that was tested in it and stays. A level outside comes in if it is better, and so does the own
+        level.
         """
         new = dict(space)
         for ablation in self.ablations:
             name, entry = ablation.factor, space.get(ablation.factor)
-            if entry is None or not ablation.of_the_best:
+            if entry is None:
                 continue
-            accuracy = {level: test for level, (test, _) in ablation.moved.items()}
-            dead = {x for x, test in accuracy.items() if test["verdict"] == WORSE and test["effect"] < -MARGIN}
-            better = {x for x, test in accuracy.items() if test["verdict"] == BETTER} | {ablation.own}
+            dead = {level for level, finding in ablation.having(WORSE).items() if finding.effect[0] < -MARGIN}
+            better = {*ablation.having(BETTER), ablation.own}
             inside = entry
             if not isinstance(entry, list):  # an end that was not tested itself goes with the level beside it
                 inside = [x for x in ablation.levels.index if entry["low"] <= x <= entry["high"]]
@@ -307,6 +502,19 @@ class Comparisons:
             elif len(kept) > 1:
                 new[name] = entry | {"low": kept[0], "high": kept[-1]}
         return new
+
+
+def _schedule(n_seeds: Mapping[str, int]) -> Schedule:
+    """The schedule of a record that has none: the usual one, or one look for fewer seeds than its first."""
+    most = max(n_seeds.values())
+    return SCHEDULE if most >= SCHEDULE.looks[0] else Schedule((max(most, 2),), (1.0,))
+
+
+def _smallest_effect(sd: float, n: int, df: float, level: float) -> float:
+    """The difference that a two-sided t test at this level shows after n seeds in 80 % of cases.  sd, df: see Look."""
+    critical = stats.t.isf(level / 2, df)
+    noncentrality = optimize.brentq(lambda x: stats.nct.sf(critical, df, x) - 0.8, 0, 3 * critical + 3)
+    return sd * noncentrality / math.sqrt(n)
 
 
 def from_reproduction(trial_1: pd.DataFrame, trial_2: pd.DataFrame, published: float) -> dict[str, Decision]:
@@ -327,7 +535,3 @@ def from_reproduction(trial_1: pd.DataFrame, trial_2: pd.DataFrame, published: f
         "published_accuracy": Decision(holds, "published_accuracy", {"accuracy": (mean, low, high)}),
         "published_ce": Decision(lower, "published_ce", {"ce": ce, "accuracy": accuracy}),
     }
-
-
-def _name(level: float | str) -> str:
-    return level if isinstance(level, str) else f"{level:g}"

@@ -19,16 +19,8 @@ from scipy import optimize
 from ctbprn_lib import InputError, confirm, evidence, files, published, search, storage, workers
 from ctbprn_lib.evidence import LEVEL, NOT_TESTED, REFUTED, SUPPORTED, UNDECIDED
 from ctbprn_lib.model import CTBPRN
-from ctbprn_lib.report.comparisons import (
-    BEST,
-    TRIAL_2,
-    Ablation,
-    Claim,
-    Comparisons,
-    Contrast,
-    Decision,
-    from_reproduction,
-)
+from ctbprn_lib.report import comparisons
+from ctbprn_lib.report.comparisons import Ablation, Claim, Comparisons, Decision, Finding, from_reproduction
 from ctbprn_lib.search import HYPERPARAMETERS
 from ctbprn_lib.tasks import RoutingTask
 from ctbprn_lib.train import Hyperparameters
@@ -40,6 +32,7 @@ SHOW_BALANCED = 0.6  # share of the largest class above which accuracy says litt
 RULES = ("majority class", "linear rule")  # the simple rules that a result must beat, of a task's baselines
 SHAPE = ["d", "rank", "batch_size", "seq_len"]  # hyperparameters that memory depends on
 SIZES = ["A_mib", "W_mib", "I_mib"]
+LEARNT = 0.9  # share routed to the true area from which on a seed has learnt to route
 
 
 @dataclass(frozen=True)
@@ -257,41 +250,31 @@ class Confirmed:
         """{"accuracy": role, "ce": role} of the best configurations, as confirm.ipynb chose and saved them."""
         return self.about["best"]
 
-    def scores(self, role: str, name: str) -> np.ndarray:
-        """(n_seeds,) a column of runs for a configuration: a score, or a hyperparameter, which is the same in all."""
-        return self.comparisons.group("", "role", role)[name]
+    @property
+    def base(self) -> str:
+        """The role whose settings were moved."""
+        return self.comparisons.base
 
-    def interval(self, role: str, name: str) -> Interval:
+    def scores(self, name: str, column: str) -> np.ndarray:
+        """(R,) a column of runs for a configuration: a score, or a hyperparameter, which is the same in all."""
+        return self.comparisons.run(name)[column].to_numpy()
+
+    def interval(self, name: str, score: str) -> Interval:
         """A test score of a configuration."""
-        return evidence.mean_interval(self.scores(role, name), nats=name == "test_ce")
+        return evidence.mean_interval(self.scores(name, score), nats=score == "test_ce")
 
     def tuning_row(self, role: str) -> Row | None:
         """The trial that a role "trial 3" names, or None."""
         rows = self.tuned[("trial " + self.tuned["trial"].astype(str)) == role]
         return rows.to_dict("records")[0] if len(rows) else None
 
-    def others(self, score: str) -> tuple[int, list[str]]:
-        """(number of the other configurations, those that cannot be told from the best by this test score)."""
-        t = self.comparisons.tests
-        others = t[(t["kind"] == "confirmed") & (t["score"] == score)]
-        return len(others), others.loc[others["p_holm"] >= LEVEL, "a"].tolist()
-
     @property
     def ablations(self) -> list[Ablation]:
         return self.comparisons.ablations
 
     def ablation(self, factor: str) -> Ablation | None:
-        """The ablation of a factor at the best."""
-        return next((one for one in self.ablations if one.factor == factor and one.of_the_best), None)
-
-    @property
-    def published_best(self) -> Row | None:
-        """The published trial 2 beside the best, both by seeds that did not choose the best; None if it is the best."""
-        again = self.comparisons.again(TRIAL_2)
-        tests = self.comparisons.of(Contrast("", "role", (TRIAL_2,), (BEST,)))
-        if again is None or not tests:
-            return None
-        return {"test": tests[0], "interval": evidence.mean_interval(again["test_accuracy"])}
+        """The ablation of a factor."""
+        return next((one for one in self.ablations if one.factor == factor), None)
 
     def beside_rule(self, rule: Rule) -> str:
         """beside of the best accuracy and a rule; seeds and samples both leave room."""
@@ -327,42 +310,85 @@ class Confirmed:
         return {name: gap for name, gap in gaps.items() if gap > 0}
 
     @property
-    def longer(self) -> Row | None:
-        """The longest training beside the best's own, if its CE is decided."""
-        ablation = self.ablation("n_steps")
-        longest = max(ablation.moved, default=0) if ablation else 0
-        if not ablation or longest < ablation.own:
-            return None
-        accuracy, ce = ablation.moved[longest]
-        if ce["p_holm"] >= LEVEL:
-            return None
-        reached = ablation.levels.loc[longest, ["mean", "low", "high"]].tolist()
-        return {"n_steps": longest, "own": ablation.own, "accuracy": accuracy, "ce": ce, "reached": reached}
-
-    @property
-    def power(self) -> list[Row]:
-        """Seeds that find a true effect of two points in 80 % of reports, for comparisons paired or not."""
-        t = self.comparisons.tests
-        spreads = t[t["score"] == "test_accuracy"].groupby("paired")["sd"].median()
-        return [
-            {"paired": paired, "sd": sd, "seeds": self.comparisons.seeds_to_find({"sd": sd, "paired": paired}, 0.02)}
-            for paired, sd in spreads.items()
+    def effects(self) -> pd.DataFrame:
+        """One row for each tested question that is no claim: group, label, effect, low, high and verdict."""
+        groups: dict[str, Mapping[Any, Finding]] = {ablation.factor: ablation.moved for ablation in self.ablations}
+        groups |= {"parts": self.comparisons.parts, "tuning": self.comparisons.tuning}
+        rows = [
+            (group, finding.question.name, *finding.effect, finding.verdict)
+            for group, findings in groups.items()
+            for finding in findings.values()
         ]
+        return pd.DataFrame(rows, columns=["group", "label", "effect", "low", "high", "verdict"])
 
     @property
-    def n_shared(self) -> int:
-        """How many supported claims rest on comparisons that others rest on as well."""
-        return self.comparisons.shared([claim for claim, one in self.decisions.items() if one.verdict == SUPPORTED])
+    def undecided(self) -> list[Finding]:
+        """The questions that are not decided, or not even tested."""
+        return [finding for finding in self.comparisons.findings.values() if not finding.answer.decided]
 
     @property
     def open_claims(self) -> dict[Claim, Decision]:
-        """The claims that are undecided or not tested."""
-        return {claim: one for claim, one in self.decisions.items() if one.verdict in (UNDECIDED, NOT_TESTED)}
+        """The claims that are undecided or not tested, and are no question of the runs."""
+        found = {claim: one for claim, one in self.decisions.items() if one.verdict in (UNDECIDED, NOT_TESTED)}
+        questions = self.comparisons.findings
+        return {claim: one for claim, one in found.items() if one.basis != "question" and claim.quote not in questions}
+
+    @property
+    def n_shared(self) -> int:
+        """How many supported claims are the same question as another of them."""
+        supported = [one for one in self.decisions.values() if one.verdict == SUPPORTED and one.basis == "question"]
+        names = [one.values["finding"].question.name for one in supported]
+        return sum(names.count(name) > 1 for name in names)
+
+    @cached_property
+    def short_parts(self) -> dict[str, Row]:
+        """{part: what leaving it out does in another number of steps}, a look at the data that answers no question.
+
+        Fields: n_steps, n_seeds, and (effect, low, high) of test_accuracy and test_ce against the whole network.
+        """
+
+        def settings(row: Row) -> list[Any]:
+            return [row[name] for name in (*HYPERPARAMETERS, "n_steps")]
+
+        rows, found = self.comparisons.configurations.rows, {}
+        whole = [(name, row) for name, row in rows.items() if row["base"] == self.base and not row["without"]]
+        for name, row in rows.items():
+            beside = next((other for other, its in whole if settings(its) == settings(row)), None)
+            if row["without"] and beside and name != f"{self.base}: without {row['without']}":
+                scores = ("test_accuracy", "test_ce")
+                effects = {score: self.comparisons.difference(name, beside, score) for score in scores}
+                n_seeds = min(self.comparisons.n_seeds[one] for one in (name, beside))
+                found[row["without"]] = {"n_steps": row["n_steps"], "n_seeds": n_seeds} | effects
+        return found
+
+    @cached_property
+    def routed(self) -> pd.DataFrame:
+        """The runs, a row for each seed, whose share routed to the true area is known.
+
+        learnt: whether this share is at least LEARNT. group: "the base", "without a part" or "other settings".
+        """
+        runs = self.comparisons.runs
+        runs = runs[runs["route_accuracy"].notna()]
+        of_base = runs["name"].isin([self.base, self.comparisons.configurations.own])
+        group = np.select([of_base, runs["without"] != ""], ["the base", "without a part"], "other settings")
+        return runs.assign(learnt=runs["route_accuracy"] >= LEARNT, group=group).reset_index(drop=True)
+
+    @property
+    def learnt(self) -> dict[str, dict[float, tuple[int, int]]]:
+        """{factor: {level: (seeds that have learnt to route, seeds)}} of each ablation."""
+        count = self.routed.groupby("name")["learnt"].agg(["sum", "count"])
+        found = {}
+        for ablation in self.ablations:
+            names = self.comparisons.configurations.levels(ablation.factor)
+            found[ablation.factor] = {
+                level: tuple(count.loc[name]) for level, name in names.items() if name in count.index
+            }
+        return found
 
     @property
     def trainings(self) -> pd.DataFrame:
         """One row for each training, however many questions it answers."""
-        return trainings_of(self.runs)
+        return trainings_of(self.comparisons)
 
 
 def load(study_name: str, storage_url: str = "") -> Facts:
@@ -403,26 +429,31 @@ def confirmed(facts: Facts, runs: pd.DataFrame, about: dict[str, Any]) -> Confir
     """What runs and about (of confirm.records) show, beside the tuning facts."""
     task, n_replicas = facts.task, facts.budget["n_replicas"]
     n_test = task.get("n_samples", {}).get("test", about["n_test"])
-    comparisons = Comparisons(runs, n_test, about["best"])
+    has_claims = comparisons.has_claims(task)
+    best = facts.by_accuracy if facts.score == "val_accuracy" else facts.by_ce
+    best_trial = about.get("best_trial", f"trial {best['trial']}")
+    plan = comparisons.read_plan(about["plan"]) if "plan" in about else None
+    compared = Comparisons(runs, n_test, about.get("base", ""), plan, best_trial, has_claims)
     tuning, confirming = (
         measured_memory(facts.trials, n_replicas, task),
-        measured_memory(trainings_of(runs), comparisons.n_seeds, task),
+        measured_memory(trainings_of(compared), compared.plan.schedule.looks[0], task),
     )
     table, rule = pd.concat([tuning, confirming]), None
     if len(table) >= 6:
         rule = fit_memory_rule(table[SIZES].to_numpy(), table["measured_mib"])
         table["predicted_mib"] = rule.predict(table[SIZES].to_numpy())
     decisions = {}
-    if task["task"] == "routing" and task["n_tokens"] == 128:  # the original's
+    if has_claims:
         on_gpu = not pd.concat([facts.complete["device"], runs["device"]]).str.startswith("CPU").any()
-        decisions = comparisons.claims(other_decisions(runs, rule, task, about["largest_batch"], on_gpu))
-    next_space = comparisons.next_space(facts.space)
-    return Confirmed(runs, about, n_test, facts.trials, comparisons, table, rule, decisions, next_space)
+        decisions = compared.claims(other_decisions(runs, rule, task, about["largest_batch"], on_gpu))
+    next_space = compared.next_space(facts.space)
+    return Confirmed(comparisons.named(runs), about, n_test, facts.trials, compared, table, rule, decisions, next_space)
 
 
-def trainings_of(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row of runs (of confirm.records) for each training, however many questions it answers."""
-    return runs.assign(ablated=runs["base"] != "").drop_duplicates([*HYPERPARAMETERS, "n_steps", "ablated"])
+def trainings_of(compared: Comparisons) -> pd.DataFrame:
+    """One row of runs for each training: a block of seeds of one configuration, as many as the first look has."""
+    block = compared.runs["seed"] // compared.plan.schedule.looks[0]
+    return compared.runs.assign(block=block).drop_duplicates(["name", "block"])
 
 
 def beside(rule: Rule, *ends: float) -> str:

@@ -3,6 +3,7 @@
 Colours: Okabe and Ito's palette, which colour-blind readers can tell apart.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import ArrayLike
 
-from ctbprn_lib import files
+from ctbprn_lib import evidence, files
 from ctbprn_lib.search import PLACEBO
 from ctbprn_lib.train import TABLE
 
@@ -22,6 +23,13 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#777777",
 )  # fmt: skip
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
+FOREST = {
+    evidence.BETTER: (GREEN, evidence.BETTER),
+    evidence.WORSE: (RED, evidence.WORSE),
+    evidence.SAME: (BLUE, evidence.SAME),
+    evidence.AT_MOST: (PURPLE, "bounded without a verdict"),
+    evidence.UNDECIDED: (GREY, evidence.UNDECIDED),
+}
 Point = tuple[float, float]
 LABELS = {
     **{name: entry.axis for name, entry in TABLE.items()},
@@ -140,6 +148,44 @@ def ablation(ax: Axes, panel: pd.DataFrame, own: float, factor: str) -> Axes:
     names = [f"{level:.3g}" if level < 1000 else f"{level:,.0f}" for level in panel.index]
     ax.set_xticks(at, names, rotation=45 if len(panel) > 5 else 0)
     ax.set(xlabel=LABELS[factor], xlim=(-0.5, len(panel) - 0.5))
+    return ax
+
+
+def forest(ax: Axes, effects: pd.DataFrame, margin: float) -> Axes:
+    """Effects on accuracy with their intervals, one below the other, and the band from -margin to margin.
+
+    effects: a row each with group, label, effect, low, high and verdict, which colours it. A line divides the groups.
+    """
+    at = -np.arange(len(effects))
+    ax.axvspan(-100 * margin, 100 * margin, color=GREY, alpha=0.15, lw=0)
+    ax.axvline(0, color=GREY, lw=1)
+    for verdict, (color, label) in FOREST.items():
+        rows = (effects["verdict"] == verdict).to_numpy()
+        part = effects[rows]
+        bars = 100 * np.array([part["effect"] - part["low"], part["high"] - part["effect"]])
+        if len(part):
+            ax.errorbar(100 * part["effect"], at[rows], xerr=bars, color=color, label=label, **POINTS)
+    for place, (before, group) in enumerate(itertools.pairwise(effects["group"])):
+        if before != group:
+            ax.axhline(-place - 0.5, color=GREY, lw=0.6)
+    ax.set_yticks(at, list(effects["label"]))
+    ax.set(xlabel="change of the test accuracy (points)", ylim=(0.5 - len(effects), 0.5))
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    return ax
+
+
+def accuracy_and_routing(ax: Axes, runs: pd.DataFrame, threshold: float) -> Axes:
+    """Test accuracy of every seed against the share that it routes to the true area; a line at threshold.
+
+    runs: a row for each seed, with route_accuracy, test_accuracy and group, which colours it.
+    """
+    for (label, part), color in zip(runs.groupby("group", sort=False), CYCLE, strict=False):
+        xs, ys = _scaled(part, "route_accuracy"), _scaled(part, "test_accuracy")
+        ax.plot(xs, ys, "o", ms=4, alpha=0.6, color=color, label=label)
+    ax.axvline(100 * threshold, color=GREY, ls="--", label="has learnt to route")
+    ax.set(xlabel=LABELS["route_accuracy"], ylabel=LABELS["test_accuracy"])
+    ax.legend()
     return ax
 
 

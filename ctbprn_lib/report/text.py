@@ -17,13 +17,19 @@ from jinja2.environment import TemplateModule
 
 from ctbprn_lib import evidence, files
 from ctbprn_lib.report import comparisons
-from ctbprn_lib.report.facts import GOAL, SHAPE, Facts
+from ctbprn_lib.report.comparisons import Finding
+from ctbprn_lib.report.facts import GOAL, LEARNT, SHAPE, Facts
 from ctbprn_lib.train import TABLE
 
 Interval = Sequence[float]  # mean, low, high
 NAMES = {name: entry.label for name, entry in TABLE.items()}
 FACTORS = NAMES | {comparisons.EQUAL_SAMPLES: "Batch size at equal samples", "n_steps": "Length of training"}
 RULES = {"majority class": "always naming the largest class", "linear rule": "the linear rule"}
+PARTS = {
+    "routing": "routing (all areas alike)",
+    "message": "the message between areas",
+    "noise": "noise on the gates in training",
+}
 UNKNOWN = "–"
 
 
@@ -39,12 +45,12 @@ def nats(x: float | Interval) -> str:
 
 def signed_points(share: float | Interval) -> str:
     """A difference of shares, or (effect, low, high) of one, in points with a sign, without its unit."""
-    return _with_ends(share, lambda x: f"{100 * x:+.1f}")
+    return _with_ends(share, lambda x: f"{100 * x:+z.1f}")
 
 
 def signed_nats(x: float | Interval) -> str:
     """A difference of cross-entropies, or (effect, low, high) of one, with a sign, without its unit."""
-    return _with_ends(x, lambda x: f"{x:+.3f}")
+    return _with_ends(x, lambda x: f"{x:+z.3f}")
 
 
 def _with_ends(x: Any, form: Any, unit: str = "") -> str:
@@ -69,11 +75,29 @@ def p(p_value: float) -> str:
     return f"= {p_value:.{digits}f}"
 
 
-def effect(test: Mapping[str, Any]) -> str:
-    """A test's effect with its interval, its unit and its adjusted p."""
-    numbers = test["effect"], test["low"], test["high"]
-    text = f"{signed_nats(numbers)} nats" if test["score"] == "test_ce" else f"{signed_points(numbers)} points"
-    return f"{text}, p {p(test['p_holm'])}"
+def p_cell(p_value: float) -> str:
+    """A p-value as a cell of a table has it."""
+    return p(p_value).removeprefix("= ")
+
+
+def effect(finding: Finding) -> str:
+    """The effect that decides a question, with its interval and seeds, and p times the number of questions."""
+    p_value = f"p (× {finding.n_questions}) {p(finding.answer.p_value)}"
+    return f"{signed_points(finding.effect)} points, {count(finding.n_seeds, 'seed')}, {p_value}"
+
+
+def verdict(finding: Finding) -> str:
+    """The verdict on a question; where there is none, what the difference is at most, in points rounded up."""
+    answer, question = finding.answer, finding.question
+    bound = f"{evidence.AT_MOST} {math.ceil(round(1000 * answer.at_most, 6)) / 10:.1f} points"
+    bound += " worse" if question.is_claim else ""
+    if answer.verdict == evidence.AT_MOST:
+        return bound
+    if answer.verdict == evidence.UNDECIDED:
+        return f"{evidence.UNDECIDED} ({bound})"
+    if answer.verdict == evidence.SAME and question.margin != evidence.MARGIN:
+        return f"the same within {100 * question.margin:g} points"
+    return answer.verdict
 
 
 def fixed(x: float, digits: int) -> str:
@@ -159,16 +183,16 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         finalize=lambda x: x.rstrip("\n") if isinstance(x, str) else x,  # a macro is part of a line or of a list
     )
-    filters: list[Callable[..., Any]] = [percent, nats, signed_points, signed_nats, interval, p, effect, fixed, commas]
-    filters += [count, setting, span, counted, distinct, outside, quoted, header]
+    filters: list[Callable[..., Any]] = [percent, nats, signed_points, signed_nats, interval, p, p_cell, effect, fixed]
+    filters += [commas, count, verdict, setting, span, counted, distinct, outside, quoted, header]
     env.filters |= {function.__name__: function for function in filters}
-    env.filters |= {"label": FACTORS.__getitem__, "rule": RULES.__getitem__, "command_word": files.word}
-    env.filters["is_finite"] = math.isfinite
-    for name in ("MARGIN", "REFUTED", "SUPPORTED", "UNDECIDED"):
+    env.filters |= {"label": FACTORS.__getitem__, "rule": RULES.__getitem__, "part": PARTS.__getitem__}
+    env.filters |= {"is_finite": math.isfinite, "command_word": files.word, "verdict_on": verdict_on}
+    for name in ("AT_MOST", "BETTER", "MARGIN", "REFUTED", "SAME", "SUPPORTED", "UNDECIDED", "WORSE"):
         env.globals[name] = getattr(evidence, name)
-    for name in ("BEST", "EQUAL_SAMPLES", "VERDICTS"):
+    for name in ("DEFAULTS", "EQUAL_SAMPLES", "VERDICTS"):
         env.globals[name] = getattr(comparisons, name)
-    env.globals |= {"GOAL": GOAL, "SHAPE": SHAPE}
+    env.globals |= {"GOAL": GOAL, "LEARNT": LEARNT, "SHAPE": SHAPE}
     return env
 
 
@@ -195,10 +219,15 @@ def render(facts: Facts | None, section: str, *arguments: Any) -> str:
     return re.sub(r"^1\. ", lambda _: f"{next(numbers)}. ", text, flags=re.MULTILINE).strip()
 
 
+def verdict_on(decision: comparisons.Decision) -> str:
+    """The verdict on a claim."""
+    return verdict(decision.values["finding"]) if decision.basis == "question" else decision.verdict
+
+
 def claims_table(decisions: Mapping[comparisons.Claim, comparisons.Decision]) -> pd.DataFrame:
     """One row for each claim: claim, decided_by, verdict, and detail, the sentence behind the verdict."""
     rows = [
-        (claim.quote, claim.decided_by, decision.verdict, render(None, "claim_detail", decision))
+        (claim.quote, claim.decided_by, verdict_on(decision), render(None, "claim_detail", decision))
         for claim, decision in decisions.items()
     ]
     return pd.DataFrame(rows, columns=["claim", "decided_by", "verdict", "detail"])
