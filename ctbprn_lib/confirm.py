@@ -237,7 +237,7 @@ class Confirmation:
         """Train what is not there yet; what failed is tried again.
 
         seeds: {name of a Run: its number of seeds}; by default, one block each.
-        on_done(record, done, total) is called after each block.  Returns False if time ended it before all were done.
+        on_done(record, done, total) is called after each block; the record's name says which.  Returns False if time ended it before all were done.
         """
         wanted: dict[str, tuple[Run, int]] = {}
         for run in runs:
@@ -249,7 +249,10 @@ class Confirmation:
         def announce(study: workers.Study, trial: FrozenTrial, n_finished: int) -> None:
             if on_done and trial.user_attrs["key"] in wanted:
                 done.add(trial.user_attrs["key"])
-                on_done(_record(trial), len(done), len(wanted))
+                run, block = wanted[trial.user_attrs["key"]]
+                first = block * self.block + 1
+                name = f"{run.name}, seeds {first} to {first + self.block - 1}"
+                on_done(_record(trial) | {"name": name}, len(done), len(wanted))
 
         if len(done) == len(wanted):
             return True
