@@ -237,7 +237,8 @@ class Confirmation:
         """Train what is not there yet; what failed is tried again.
 
         seeds: {name of a Run: its number of seeds}; by default, one block each.
-        on_done(record, done, total) is called after each block; the record's name says which.  Returns False if time ended it before all were done.
+        on_done(record, done, total) is called after each block; the record's name says which.
+        Returns False if time ended it before all were done.
         """
         wanted: dict[str, tuple[Run, int]] = {}
         for run in runs:

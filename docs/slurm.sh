@@ -2,7 +2,7 @@
 # Eight workers of one study, one GPU each. From the root of a checkout that all nodes see, after `make .venv/ready`:
 #   export CTBPRN_STORAGE=postgresql://me@server/studies    # the password in ~/.pgpass
 #   sbatch docs/slurm.sh tune -p n_trials 400 -p n_steps 2000 -p n_replicas 8
-#   sbatch docs/slurm.sh confirm -p n_seeds 16    # when tune has ended
+#   sbatch docs/slurm.sh confirm -p n_seed_runs 1000    # when tune has ended
 # The same command again goes on; n_trials is the study's total, however many workers there are.
 #SBATCH --job-name=ctbprn
 #SBATCH --array=0-7

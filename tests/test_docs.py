@@ -87,7 +87,7 @@ def fits(notebook, given):
 
 @pytest.mark.parametrize(
     ("notebook", "parameters"),
-    [("tune", ["-p", "n_trials", "400", "-p", "n_replicas", "8"]), ("confirm", ["-p", "n_seeds", "16"])],
+    [("tune", ["-p", "n_trials", "400", "-p", "n_replicas", "8"]), ("confirm", ["-p", "n_seed_runs", "1000"])],
 )
 def test_a_slurm_task_is_one_worker(calls, notebook, parameters):
     where = dict(CTBPRN_STORAGE=URL, SLURM_ARRAY_TASK_ID="3", CUDA_VISIBLE_DEVICES="1")
@@ -107,7 +107,7 @@ def test_a_kubernetes_pod_is_one_worker_of_tune_or_with_the_documented_edit_of_c
     of_confirm = yaml.safe_load(done.stdout)
     kubernetes_validate.validate(of_confirm, "1.37", strict=True)
     assert of_confirm["metadata"]["name"] == "ctbprn-confirm" != JOB["metadata"]["name"]
-    for job, notebook, parameter in ((JOB, "tune", "n_trials"), (of_confirm, "confirm", "n_seeds")):
+    for job, notebook, parameter in ((JOB, "tune", "n_trials"), (of_confirm, "confirm", "n_seed_runs")):
         calls.unlink(missing_ok=True)
         (worker,) = job["spec"]["template"]["spec"]["containers"]
         variables = {entry["name"]: entry["value"] for entry in worker["env"] if "value" in entry}
