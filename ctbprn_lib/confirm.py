@@ -220,7 +220,7 @@ class Confirmation:
         storage.beside(study, name)
         rate = search.seconds_a_product(study, task)
         self.work = Confirming(name, storage.url_of(study), task, self.budget, n_test, seed, device, self.weights, rate)
-        self.study = self.work.open()
+        self.study = workers.Study(name, study._storage)
         if self.study.directions != [optuna.study.StudyDirection.MINIMIZE]:
             raise InputError(
                 f"the storage holds a study {name!r} that another program made for something else; delete it (optuna "

@@ -198,3 +198,12 @@ def project(tmp_path_factory):
     (root / "tests").mkdir()
     shutil.copy(pathlib.Path(__file__).with_name("reference.py"), root / "tests")  # the benchmark's baseline
     return Project(root)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A PostgreSQL server (see postgresql.py)."""
+    from postgresql import running_server
+
+    with running_server() as made:
+        yield made

@@ -64,8 +64,9 @@ def undisturbed(tuned, tmp_path_factory):
         return scores(made)
 
 
-def _confirm(reports, n_workers, constants):
+def _confirm(reports, n_workers, constants, url=""):
     """What a process does that a person has started to confirm."""
+    os.environ["CTBPRN_STORAGE"] = url
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     storage.REPORTS = reports
@@ -74,8 +75,8 @@ def _confirm(reports, n_workers, constants):
     confirmation(search.load_study("s"), n_workers=n_workers).train(RUNS)
 
 
-def start(reports, n_workers=2, **constants):
-    process = FORKS.Process(target=_confirm, args=(reports, n_workers, constants))
+def start(reports, n_workers=2, url="", **constants):
+    process = FORKS.Process(target=_confirm, args=(reports, n_workers, constants, url))
     process.start()
     return process
 
@@ -150,6 +151,24 @@ def test_a_frozen_worker_is_replaced_and_what_it_trained_is_not_counted_twice(st
     frozen.join(60)
     assert (other.exitcode, frozen.exitcode) == (0, 0)
     assert check_whole(study, undisturbed) <= 1
+
+
+def test_a_database_that_is_restarted_loses_nothing(server, reports, undisturbed, monkeypatch):
+    url = server.database("confirmed")
+    monkeypatch.setenv("CTBPRN_STORAGE", url)
+    asked = question(4)
+    study = search.open_study("s", pruner="none", **asked)
+    search.run_trials(study, 3, **asked)
+    parents = [start(reports, n, url) for n in (1, 2)]
+    until(lambda: n_done(study) > 2)
+    server.stop()
+    time.sleep(1)
+    server.start()
+    for parent in parents:
+        parent.join(90)
+    assert [parent.exitcode for parent in parents] == [0, 0]
+    check_whole(study, undisturbed)
+    storage.disconnect(study._storage)
 
 
 def test_ctrl_c_hands_the_runs_on_and_the_same_command_goes_on(study, reports, undisturbed):
