@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from ctbprn_lib import InputError, confirm, evidence, processes, search, storage, workers
 from ctbprn_lib.train import Hyperparameters
 
+N_KILLS = int(os.environ.get("CTBPRN_TEST_KILLS", "8"))  # more by hand: one takes seconds
 RUNS = [
     confirm.Run(f"rate {n}", Hyperparameters(lr=n * 1e-3, d=4, rank=2, batch_size=4, seq_len=8), 40)
     for n in range(1, 17)
@@ -109,7 +110,7 @@ def check_whole(study, undisturbed):
 def test_a_confirmation_whose_processes_are_killed_at_random_ends_with_the_same_numbers(study, reports, undisturbed):
     rng, killed = random.Random(0), {"parent": 0, "worker": 0}
     parent = start(reports)
-    while sum(killed.values()) < 20 and n_done(study) < len(RUNS) - 2:
+    while sum(killed.values()) < N_KILLS and n_done(study) < len(RUNS) - 2:
         pids = until(lambda: running(study) or not parent.is_alive())  # noqa: B023
         time.sleep(rng.uniform(0, 0.15))
         if not parent.is_alive():
@@ -127,7 +128,7 @@ def test_a_confirmation_whose_processes_are_killed_at_random_ends_with_the_same_
     assert parent.exitcode == 0
     n_lost = check_whole(study, undisturbed)
     print(f"killed: {killed}; {n_lost} trainings lost and tried again")
-    assert killed["parent"] > 3 and killed["worker"] > 3 and n_lost > 3
+    assert killed["parent"] and killed["worker"] and n_lost
 
 
 def test_machines_share_a_confirmation_and_train_each_run_once(study, reports, undisturbed):
