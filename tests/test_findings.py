@@ -238,14 +238,15 @@ def test_the_best_are_the_best_of_the_confirmed_table(folder, tables):
     for role in means.index:
         row = next(line for line in pieces["confirmed_results"].splitlines() if line.startswith(f"| {role} |"))
         cells = [cell.strip() for cell in row.split("|")[1:-1]]
-        assert cells[1] == said(interval(of_role(tables, role, "test_accuracy"))).replace(" %", "")
-        assert cells[2] == said(interval(of_role(tables, role, "test_ce"), "test_ce"), 1, 3)
+        assert int(cells[1]) == len(of_role(tables, role, "seed"))
+        assert cells[2] == said(interval(of_role(tables, role, "test_accuracy"))).replace(" %", "")
+        assert cells[3] == said(interval(of_role(tables, role, "test_ce"), "test_ce"), 1, 3)
         routed = 100 * of_role(tables, role, "route_accuracy")
         shown = f"{routed.mean():.1f} ({routed.min():.1f} to {routed.max():.1f})"
-        assert cells[3] == ("–" if np.isnan(routed).all() else shown)
+        assert cells[4] == ("–" if np.isnan(routed).all() else shown)
         if role.startswith("trial"):
             trial = tables["trials"].set_index("trial").loc[int(role.split()[1])]
-            assert float(cells[4]) == pytest.approx(100 * trial["val_accuracy"], abs=0.051)
+            assert float(cells[5]) == pytest.approx(100 * trial["val_accuracy"], abs=0.051)
 
 
 @pytest.mark.parametrize("piece", ["key_findings", "recommendations", "claims"])

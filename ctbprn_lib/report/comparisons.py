@@ -214,7 +214,7 @@ def plan(
     questions = [
         Question(level_name(factor, level), (c.contrast(name, c.own),), margin=margin)
         for (of, factor, level), name in c.places.items()
-        if of == base and name != c.own
+        if of == base and name != c.own and c.own in c.rows
     ]
     distinct = set()
     for claim in CLAIMS if with_claims else ():
@@ -360,7 +360,9 @@ class Comparisons:
         # the seeds of an older record's base may have failed, but not those of its levels
         runs = named(runs[(runs["base"] == "") | runs["base"].isin(runs["role"])])
         self.runs = runs.drop_duplicates(["name", "seed"])
-        self.base = base or ablated(runs)
+        by_ce = runs[runs["role"] != ""].groupby("role", sort=False)["test_ce"].mean()
+        self.roles: list[str] = list(by_ce.sort_values(kind="stable").index)
+        self.base = base or ablated(runs) or self.roles[0]
         self.configurations = Configurations(runs, self.base)
         self.n_seeds: dict[str, int] = self.runs["name"].value_counts(sort=False).to_dict()
         if recorded is None:
@@ -372,8 +374,6 @@ class Comparisons:
         self.findings = {question.name: Finding(question, found[question.name], m) for question in self.plan.questions}
         names = {name for q in self.plan.questions for contrast in q.contrasts for name in (contrast.a, contrast.b)}
         self.given_up = evidence.next_blocks(self.plan, looks, self.n_seeds, dict.fromkeys(names, 1.0))[1]
-        by_ce = self.runs[self.runs["role"] != ""].groupby("role", sort=False)["test_ce"].mean()
-        self.roles: list[str] = list(by_ce.sort_values(kind="stable").index)
         self._runs = {name: rows.sort_values("seed") for name, rows in self.runs.groupby("name", sort=False)}
 
     def run(self, name: str) -> pd.DataFrame:
@@ -390,33 +390,35 @@ class Comparisons:
     def ablations(self) -> list[Ablation]:
         """Every ablation of the base, in the order of the plan."""
         found = []
+        columns = ["level", "mean", "low", "high", "n_steps", "n_seeds"]
         for factor in self.configurations.factors:
-            rows, moved, ce, own = [], {}, {}, math.nan
-            for level, name in self.configurations.levels(factor).items():
-                run, finding = self.run(name), self.findings.get(level_name(factor, level))
-                interval = evidence.mean_interval(run["test_accuracy"])
-                rows.append((level, *interval, run["n_steps"].iloc[0], len(run)))
-                if name == self.configurations.own:
-                    own = level
-                elif finding and finding.is_tested:
-                    moved[level] = finding
-                    ce[level] = self.difference(name, self.configurations.own, "test_ce")
-            columns = ["level", "mean", "low", "high", "n_steps", "n_seeds"]
+            names = self.configurations.levels(factor)
+            runs = {level: self.run(name) for level, name in names.items()}
+            rows = [
+                (level, *evidence.mean_interval(run["test_accuracy"]), run["n_steps"].iloc[0], len(run))
+                for level, run in runs.items()
+            ]
+            own = next((level for level, name in names.items() if name == self.configurations.own), math.nan)
+            moved = self.tested({level: level_name(factor, level) for level in names})
+            ce = {level: self.difference(names[level], self.configurations.own, "test_ce") for level in moved}
             if moved:
                 found.append(Ablation(factor, own, moved, ce, pd.DataFrame(rows, columns=columns).set_index("level")))
         return found
 
+    def tested(self, names: Mapping[Any, str]) -> dict[Any, Finding]:
+        """The findings of the questions of these names, by the keys of names, without those that are not tested."""
+        found = {key: self.findings.get(name) for key, name in names.items()}
+        return {key: finding for key, finding in found.items() if finding and finding.is_tested}
+
     @property
     def tuning(self) -> dict[str, Finding]:
-        """{rival: whether the best trial is better than it}, where this was asked and tested."""
-        questions = {rival: self.findings.get(f"{self.best_trial} against {rival}") for rival in (DEFAULTS, TRIAL_2)}
-        return {rival: finding for rival, finding in questions.items() if finding and finding.is_tested}
+        """{rival: whether the best trial is better than it}."""
+        return self.tested({rival: f"{self.best_trial} against {rival}" for rival in (DEFAULTS, TRIAL_2)})
 
     @property
     def parts(self) -> dict[str, Finding]:
-        """{part: what the network without it scores beside the whole}, where this was tested."""
-        questions = {part: self.findings.get(f"without {part}") for part in PARTS}
-        return {part: finding for part, finding in questions.items() if finding and finding.is_tested}
+        """{part: what the network without it scores beside the whole}."""
+        return self.tested({part: f"without {part}" for part in PARTS})
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -447,9 +449,9 @@ class Comparisons:
         The spread is the median over all levels; the numbers of seeds are those of the first look and the last taken.
         """
         t = self.table
-        if "seeds" not in t:
+        t = t[~t["is_claim"] & (t["verdict"] != NOT_TESTED)]
+        if t.empty:
             return {}
-        t = t[~t["is_claim"] & t["seeds"].notna()]
         weights = dict(zip(self.plan.schedule.looks, self.plan.schedule.weights, strict=True))
         looks = [n for n in sorted({self.plan.schedule.looks[0], int(t["seeds"].max())}) if n > 3]
         found = {}
