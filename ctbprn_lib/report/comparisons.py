@@ -210,11 +210,14 @@ def plan(
     There is a question for each level of the base; for each distinct claim of the original that runs can decide; for
     each part of the network; and whether the best trial is better than the defaults, and than the published trial 2.
     """
-    c = Configurations(configurations, base)
+    return Plan(_questions(Configurations(configurations, base), best_trial, margin, with_claims), schedule)
+
+
+def _questions(c: Configurations, best_trial: str | None, margin: float, with_claims: bool) -> tuple[Question, ...]:
     questions = [
         Question(level_name(factor, level), (c.contrast(name, c.own),), margin=margin)
         for (of, factor, level), name in c.places.items()
-        if of == base and name != c.own and c.own in c.rows
+        if of == c.base and name != c.own and c.own in c.rows
     ]
     distinct = set()
     for claim in CLAIMS if with_claims else ():
@@ -225,7 +228,7 @@ def plan(
             of_claim = ROUTE_MARGIN if claim.score == "route_accuracy" else margin
             questions.append(Question(claim.quote, contrasts, True, of_claim, claim.score))
     for part in PARTS:
-        name = f"{base}: without {part}"
+        name = f"{c.base}: without {part}"
         if {name, c.own} <= c.rows.keys():
             questions.append(Question(f"without {part}", (c.contrast(name, c.own),), margin=margin))
     for rival in (DEFAULTS, TRIAL_2):
@@ -235,7 +238,7 @@ def plan(
         if any(first[name] != second[name] for name in (*TABLE, "n_steps")):
             contrast = c.contrast(best_trial, rival)
             questions.append(Question(f"{best_trial} against {rival}", (contrast,), margin=margin))
-    return Plan(tuple(questions), schedule)
+    return tuple(questions)
 
 
 def read_plan(record: Mapping[str, Any]) -> Plan:
@@ -365,15 +368,20 @@ class Comparisons:
         self.base = base or ablated(runs) or self.roles[0]
         self.configurations = Configurations(runs, self.base)
         self.n_seeds: dict[str, int] = self.runs["name"].value_counts(sort=False).to_dict()
-        if recorded is None:
-            recorded = plan(runs, self.base, best_trial, _schedule(self.n_seeds), with_claims=with_claims)
-        self.plan, self.best_trial = recorded, best_trial
-        looks = evidence.look_at(self.plan, scores_of(runs), 1 / n_test)
-        found = evidence.answers(self.plan, looks)
-        m = len(self.plan.questions)
-        self.findings = {question.name: Finding(question, found[question.name], m) for question in self.plan.questions}
-        names = {name for q in self.plan.questions for contrast in q.contrasts for name in (contrast.a, contrast.b)}
-        self.given_up = evidence.next_blocks(self.plan, looks, self.n_seeds, dict.fromkeys(names, 1.0))[1]
+        self.best_trial = best_trial
+        self.schedule = recorded.schedule if recorded else _schedule(self.n_seeds)
+        questions = recorded.questions if recorded else ()
+        if not recorded:
+            questions = _questions(self.configurations, best_trial, MARGIN, with_claims)
+        self.findings: dict[str, Finding] = {}
+        self.given_up: dict[str, float] = {}
+        if questions:  # a record of before may have none, if its time ended early
+            asked = Plan(questions, self.schedule)
+            looks = evidence.look_at(asked, scores_of(runs), 1 / n_test)
+            answers = evidence.answers(asked, looks)
+            self.findings = {q.name: Finding(q, answers[q.name], len(questions)) for q in questions}
+            seconds = {name: 1.0 for q in questions for contrast in q.contrasts for name in (contrast.a, contrast.b)}
+            self.given_up = evidence.next_blocks(asked, looks, self.n_seeds, seconds)[1]
         self._runs = {name: rows.sort_values("seed") for name, rows in self.runs.groupby("name", sort=False)}
 
     def run(self, name: str) -> pd.DataFrame:
@@ -436,7 +444,7 @@ class Comparisons:
                 if look := finding.looks.get(contrast):
                     low, high = look.interval(len(question.contrasts))
                     row |= {"effect": look.effect, "low": low, "high": high, "seeds": look.n}
-                    row |= {"looks": self.plan.schedule.looks.index(look.n) + 1, "sd": look.sd}
+                    row |= {"looks": self.schedule.looks.index(look.n) + 1, "sd": look.sd}
                     row |= {name: getattr(look, name) for name in ("p_zero", "p_below", "p_above")}
                     row |= {"p_times_m": answer.p_value, "at_most": answer.at_most}
                 rows.append(row | {"verdict": answer.verdict})
@@ -448,17 +456,17 @@ class Comparisons:
 
         The spread is the median over all levels; the numbers of seeds are those of the first look and the last taken.
         """
-        t = self.table
-        t = t[~t["is_claim"] & (t["verdict"] != NOT_TESTED)]
-        if t.empty:
+        levels = [finding for finding in self.findings.values() if finding.is_tested and not finding.question.is_claim]
+        if not levels:
             return {}
-        weights = dict(zip(self.plan.schedule.looks, self.plan.schedule.weights, strict=True))
-        looks = [n for n in sorted({self.plan.schedule.looks[0], int(t["seeds"].max())}) if n > 3]
-        found = {}
-        for paired, sd in t.groupby("paired")["sd"].median().items():
-            levels = {n: self.plan.level * weights[n] for n in looks}
-            df = {n: n - 1 if paired else 2 * n - 2 for n in looks}
-            found[bool(paired)] = {n: _smallest_effect(sd, n, df[n], levels[n]) for n in looks}
+        weights = dict(zip(self.schedule.looks, self.schedule.weights, strict=True))
+        looks = [n for n in sorted({self.schedule.looks[0], max(finding.n_seeds for finding in levels)}) if n > 3]
+        found: dict[bool, dict[int, float]] = {}
+        for paired in (True, False):
+            spreads = [f.looks[f.deciding].sd for f in levels if f.deciding.paired == paired]
+            for n in looks if spreads else ():
+                df, level = n - 1 if paired else 2 * n - 2, evidence.LEVEL / len(self.findings) * weights[n]
+                found.setdefault(paired, {})[n] = _smallest_effect(float(np.median(spreads)), n, df, level)
         return found
 
     def decide(self, claim: Claim) -> Decision:
