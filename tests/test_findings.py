@@ -542,6 +542,15 @@ def test_every_piece_is_there_and_readable(folder):
         assert text and "nan" not in text and not re.search(r"\d\.\d{6}", text), name
 
 
+@pytest.mark.parametrize("folder", ["committed"], indirect=True)
+def test_the_published_report_says_what_its_record_says(folder):
+    if "question" not in pd.read_csv(COMMITTED / "comparisons.csv"):
+        pytest.skip("the published report is of a version before")
+    page = (COMMITTED / "report.md").read_text()
+    for name in ("summary", "key_findings", "ablation", "claims", "undecided"):
+        assert folder[1][name] in page, name
+
+
 class References(html.parser.HTMLParser):
     """Counts what a page would load from elsewhere, and pictures without alternative text."""
 
