@@ -3,7 +3,6 @@
 Numbers go in and numbers come out; nothing here reads files or trains.
 """
 
-import bisect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 
 from ctbprn_lib import InputError
 
-MOST_SEEDS = 2**14  # seeds_needed looks no further
 MARGIN = 0.01  # the smallest difference of accuracy (or of the share routed well) that anybody should care about
 LEVEL = 0.05  # of all tests of a report together
 BETTER, WORSE, SAME = "better", "worse", "the same within one point"  # of a level, or of one thing beside another
@@ -120,31 +118,6 @@ def equivalence(a: ArrayLike, b: ArrayLike, margin: float, paired: bool = False)
         return 1.0
     test = ttost_paired(a, b, -margin, margin) if paired else ttost_ind(a, b, -margin, margin, usevar="unequal")
     return float(test[0])
-
-
-def seeds_needed(sd: float, margin: float, alpha: float, paired: bool = False, power: float = 0.8) -> float:
-    """The number of seeds on each side with which compare finds a true difference of margin.
-
-    sd: standard deviation of one score over seeds or, if paired, of the differences; in the units of margin.
-    alpha: the level of the test. power: the share of reports in which the difference shall be found.
-    Returns a whole number of at least 2, or math.inf if more than MOST_SEEDS are needed.
-    """
-
-    def power_of(n: int) -> float:  # statsmodels has it too, but gives NaN where the power is nearly 1
-        freedom, standard_errors = (n - 1, n**0.5) if paired else (2 * n - 2, (n / 2) ** 0.5)
-        critical = stats.t.ppf(1 - alpha / 2, freedom)
-        effect = min(margin / max(sd, 1e-12), 100)
-        return float(stats.nct.sf(critical, freedom, effect * standard_errors))
-
-    if power_of(2) >= power:
-        return 2
-    enough = 4
-    while power_of(enough) < power:
-        enough *= 2
-        if enough > MOST_SEEDS:
-            return math.inf
-    too_few = enough // 2
-    return too_few + bisect.bisect_left(range(too_few, enough), power, key=power_of)
 
 
 def _finite(a: ArrayLike, b: ArrayLike, paired: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -70,19 +70,6 @@ def test_equivalence_is_shown_by_small_differences_and_many_seeds_only():
     assert evidence.equivalence([1, 1], [1, 1], 0.01) == 1 == evidence.equivalence([1, 1], [0.5, 0.5], 0.01)
 
 
-@pytest.mark.slow
-def test_the_seeds_that_are_said_to_be_needed_find_what_they_shall():
-    n = evidence.seeds_needed(0.02, 0.02, 0.05)
-    rng = np.random.default_rng(0)
-    found = [evidence.compare(rng.normal(0.02, 0.02, n), rng.normal(0, 0.02, n)).p_value < 0.05 for _ in range(2000)]
-    assert 0.78 < np.mean(found) < 0.9
-    pairs = evidence.seeds_needed(0.02, 0.02, 0.05, paired=True)
-    found = [evidence.compare(rng.normal(0.02, 0.02, pairs), np.zeros(pairs), True).p_value < 0.05 for _ in range(2000)]
-    assert 0.78 < np.mean(found) < 0.9
-    assert evidence.seeds_needed(0.02, 0.01, 0.05) > n < evidence.seeds_needed(0.02, 0.02, 0.001)
-    assert evidence.seeds_needed(1e-9, 0.01, 0.05) == 2
-
-
 def some_trials(n, seed=0):
     """n trials of which x decides the score, y and the placebo nothing."""
     rng = np.random.default_rng(seed)

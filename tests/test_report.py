@@ -134,6 +134,17 @@ def test_what_a_record_of_today_has_more_than_those_of_before():
     assert f"best tuning score (trial 0) is beside the untuned defaults {form.verdict(finding)}" in now["key_findings"]
 
 
+@pytest.mark.parametrize("lost", ["ablation", "again"])
+def test_a_record_that_time_ended_before_its_ablation_has_every_section(lost):
+    made, older, _ = made_up("routing")
+    runs, about = older.confirmed.runs, older.confirmed.about | {"best_trial": "trial 0"}
+    runs = runs[~runs["name"].str.contains(": | again" if lost == "ablation" else " again")]
+    ended = replace(made, confirmed=facts.confirmed(made, runs.drop(columns=["name", "without"]), about))
+    texts = {section: report.render(ended, section) for section in report.sections()}
+    assert ended.confirmed.ablations == [] and not re.search(r"nan\b|None", " ".join(texts.values()))
+    assert set(ended.confirmed.comparisons.findings) >= {"trial 0 against defaults"}
+
+
 def test_data_of_ones_own_has_levels_and_parts_but_no_claims():
     _, older, newer = made_up("my data.npz")
     for one in (older, newer):

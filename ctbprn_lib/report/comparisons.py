@@ -210,11 +210,14 @@ def plan(
     There is a question for each level of the base; for each distinct claim of the original that runs can decide; for
     each part of the network; and whether the best trial is better than the defaults, and than the published trial 2.
     """
-    c = Configurations(configurations, base)
+    return Plan(_questions(Configurations(configurations, base), best_trial, margin, with_claims), schedule)
+
+
+def _questions(c: Configurations, best_trial: str | None, margin: float, with_claims: bool) -> tuple[Question, ...]:
     questions = [
         Question(level_name(factor, level), (c.contrast(name, c.own),), margin=margin)
         for (of, factor, level), name in c.places.items()
-        if of == base and name != c.own
+        if of == c.base and name != c.own and c.own in c.rows
     ]
     distinct = set()
     for claim in CLAIMS if with_claims else ():
@@ -225,7 +228,7 @@ def plan(
             of_claim = ROUTE_MARGIN if claim.score == "route_accuracy" else margin
             questions.append(Question(claim.quote, contrasts, True, of_claim, claim.score))
     for part in PARTS:
-        name = f"{base}: without {part}"
+        name = f"{c.base}: without {part}"
         if {name, c.own} <= c.rows.keys():
             questions.append(Question(f"without {part}", (c.contrast(name, c.own),), margin=margin))
     for rival in (DEFAULTS, TRIAL_2):
@@ -235,7 +238,7 @@ def plan(
         if any(first[name] != second[name] for name in (*TABLE, "n_steps")):
             contrast = c.contrast(best_trial, rival)
             questions.append(Question(f"{best_trial} against {rival}", (contrast,), margin=margin))
-    return Plan(tuple(questions), schedule)
+    return tuple(questions)
 
 
 def read_plan(record: Mapping[str, Any]) -> Plan:
@@ -360,20 +363,25 @@ class Comparisons:
         # the seeds of an older record's base may have failed, but not those of its levels
         runs = named(runs[(runs["base"] == "") | runs["base"].isin(runs["role"])])
         self.runs = runs.drop_duplicates(["name", "seed"])
-        self.base = base or ablated(runs)
+        by_ce = runs[runs["role"] != ""].groupby("role", sort=False)["test_ce"].mean()
+        self.roles: list[str] = list(by_ce.sort_values(kind="stable").index)
+        self.base = base or ablated(runs) or self.roles[0]
         self.configurations = Configurations(runs, self.base)
         self.n_seeds: dict[str, int] = self.runs["name"].value_counts(sort=False).to_dict()
-        if recorded is None:
-            recorded = plan(runs, self.base, best_trial, _schedule(self.n_seeds), with_claims=with_claims)
-        self.plan, self.best_trial = recorded, best_trial
-        looks = evidence.look_at(self.plan, scores_of(runs), 1 / n_test)
-        found = evidence.answers(self.plan, looks)
-        m = len(self.plan.questions)
-        self.findings = {question.name: Finding(question, found[question.name], m) for question in self.plan.questions}
-        names = {name for q in self.plan.questions for contrast in q.contrasts for name in (contrast.a, contrast.b)}
-        self.given_up = evidence.next_blocks(self.plan, looks, self.n_seeds, dict.fromkeys(names, 1.0))[1]
-        by_ce = self.runs[self.runs["role"] != ""].groupby("role", sort=False)["test_ce"].mean()
-        self.roles: list[str] = list(by_ce.sort_values(kind="stable").index)
+        self.best_trial = best_trial
+        self.schedule = recorded.schedule if recorded else _schedule(self.n_seeds)
+        questions = recorded.questions if recorded else ()
+        if not recorded:
+            questions = _questions(self.configurations, best_trial, MARGIN, with_claims)
+        self.findings: dict[str, Finding] = {}
+        self.given_up: dict[str, float] = {}
+        if questions:  # a record of before may have none, if its time ended early
+            asked = Plan(questions, self.schedule)
+            looks = evidence.look_at(asked, scores_of(runs), 1 / n_test)
+            answers = evidence.answers(asked, looks)
+            self.findings = {q.name: Finding(q, answers[q.name], len(questions)) for q in questions}
+            seconds = {name: 1.0 for q in questions for contrast in q.contrasts for name in (contrast.a, contrast.b)}
+            self.given_up = evidence.next_blocks(asked, looks, self.n_seeds, seconds)[1]
         self._runs = {name: rows.sort_values("seed") for name, rows in self.runs.groupby("name", sort=False)}
 
     def run(self, name: str) -> pd.DataFrame:
@@ -390,33 +398,35 @@ class Comparisons:
     def ablations(self) -> list[Ablation]:
         """Every ablation of the base, in the order of the plan."""
         found = []
+        columns = ["level", "mean", "low", "high", "n_steps", "n_seeds"]
         for factor in self.configurations.factors:
-            rows, moved, ce, own = [], {}, {}, math.nan
-            for level, name in self.configurations.levels(factor).items():
-                run, finding = self.run(name), self.findings.get(level_name(factor, level))
-                interval = evidence.mean_interval(run["test_accuracy"])
-                rows.append((level, *interval, run["n_steps"].iloc[0], len(run)))
-                if name == self.configurations.own:
-                    own = level
-                elif finding and finding.is_tested:
-                    moved[level] = finding
-                    ce[level] = self.difference(name, self.configurations.own, "test_ce")
-            columns = ["level", "mean", "low", "high", "n_steps", "n_seeds"]
+            names = self.configurations.levels(factor)
+            runs = {level: self.run(name) for level, name in names.items()}
+            rows = [
+                (level, *evidence.mean_interval(run["test_accuracy"]), run["n_steps"].iloc[0], len(run))
+                for level, run in runs.items()
+            ]
+            own = next((level for level, name in names.items() if name == self.configurations.own), math.nan)
+            moved = self.tested({level: level_name(factor, level) for level in names})
+            ce = {level: self.difference(names[level], self.configurations.own, "test_ce") for level in moved}
             if moved:
                 found.append(Ablation(factor, own, moved, ce, pd.DataFrame(rows, columns=columns).set_index("level")))
         return found
 
+    def tested(self, names: Mapping[Any, str]) -> dict[Any, Finding]:
+        """The findings of the questions of these names, by the keys of names, without those that are not tested."""
+        found = {key: self.findings.get(name) for key, name in names.items()}
+        return {key: finding for key, finding in found.items() if finding and finding.is_tested}
+
     @property
     def tuning(self) -> dict[str, Finding]:
-        """{rival: whether the best trial is better than it}, where this was asked and tested."""
-        questions = {rival: self.findings.get(f"{self.best_trial} against {rival}") for rival in (DEFAULTS, TRIAL_2)}
-        return {rival: finding for rival, finding in questions.items() if finding and finding.is_tested}
+        """{rival: whether the best trial is better than it}."""
+        return self.tested({rival: f"{self.best_trial} against {rival}" for rival in (DEFAULTS, TRIAL_2)})
 
     @property
     def parts(self) -> dict[str, Finding]:
-        """{part: what the network without it scores beside the whole}, where this was tested."""
-        questions = {part: self.findings.get(f"without {part}") for part in PARTS}
-        return {part: finding for part, finding in questions.items() if finding and finding.is_tested}
+        """{part: what the network without it scores beside the whole}."""
+        return self.tested({part: f"without {part}" for part in PARTS})
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -434,7 +444,7 @@ class Comparisons:
                 if look := finding.looks.get(contrast):
                     low, high = look.interval(len(question.contrasts))
                     row |= {"effect": look.effect, "low": low, "high": high, "seeds": look.n}
-                    row |= {"looks": self.plan.schedule.looks.index(look.n) + 1, "sd": look.sd}
+                    row |= {"looks": self.schedule.looks.index(look.n) + 1, "sd": look.sd}
                     row |= {name: getattr(look, name) for name in ("p_zero", "p_below", "p_above")}
                     row |= {"p_times_m": answer.p_value, "at_most": answer.at_most}
                 rows.append(row | {"verdict": answer.verdict})
@@ -446,17 +456,17 @@ class Comparisons:
 
         The spread is the median over all levels; the numbers of seeds are those of the first look and the last taken.
         """
-        t = self.table
-        if "seeds" not in t:
+        levels = [finding for finding in self.findings.values() if finding.is_tested and not finding.question.is_claim]
+        if not levels:
             return {}
-        t = t[~t["is_claim"] & t["seeds"].notna()]
-        weights = dict(zip(self.plan.schedule.looks, self.plan.schedule.weights, strict=True))
-        looks = [n for n in sorted({self.plan.schedule.looks[0], int(t["seeds"].max())}) if n > 3]
-        found = {}
-        for paired, sd in t.groupby("paired")["sd"].median().items():
-            levels = {n: self.plan.level * weights[n] for n in looks}
-            df = {n: n - 1 if paired else 2 * n - 2 for n in looks}
-            found[bool(paired)] = {n: _smallest_effect(sd, n, df[n], levels[n]) for n in looks}
+        weights = dict(zip(self.schedule.looks, self.schedule.weights, strict=True))
+        looks = [n for n in sorted({self.schedule.looks[0], max(finding.n_seeds for finding in levels)}) if n > 3]
+        found: dict[bool, dict[int, float]] = {}
+        for paired in (True, False):
+            spreads = [f.looks[f.deciding].sd for f in levels if f.deciding.paired == paired]
+            for n in looks if spreads else ():
+                df, level = n - 1 if paired else 2 * n - 2, evidence.LEVEL / len(self.findings) * weights[n]
+                found.setdefault(paired, {})[n] = _smallest_effect(float(np.median(spreads)), n, df, level)
         return found
 
     def decide(self, claim: Claim) -> Decision:

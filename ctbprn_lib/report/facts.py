@@ -436,7 +436,7 @@ def confirmed(facts: Facts, runs: pd.DataFrame, about: dict[str, Any]) -> Confir
     compared = Comparisons(runs, n_test, about.get("base", ""), plan, best_trial, has_claims)
     tuning, confirming = (
         measured_memory(facts.trials, n_replicas, task),
-        measured_memory(trainings_of(compared), compared.plan.schedule.looks[0], task),
+        measured_memory(trainings_of(compared), compared.schedule.looks[0], task),
     )
     table, rule = pd.concat([tuning, confirming]), None
     if len(table) >= 6:
@@ -452,7 +452,7 @@ def confirmed(facts: Facts, runs: pd.DataFrame, about: dict[str, Any]) -> Confir
 
 def trainings_of(compared: Comparisons) -> pd.DataFrame:
     """One row of runs for each training: a block of seeds of one configuration, as many as the first look has."""
-    block = compared.runs["seed"] // compared.plan.schedule.looks[0]
+    block = compared.runs["seed"] // compared.schedule.looks[0]
     return compared.runs.assign(block=block).drop_duplicates(["name", "block"])
 
 

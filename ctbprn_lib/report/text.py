@@ -75,11 +75,6 @@ def p(p_value: float) -> str:
     return f"= {p_value:.{digits}f}"
 
 
-def p_cell(p_value: float) -> str:
-    """A p-value as a cell of a table has it."""
-    return p(p_value).removeprefix("= ")
-
-
 def effect(finding: Finding) -> str:
     """The effect that decides a question, with its interval and seeds, and p times the number of questions."""
     p_value = f"p (× {finding.n_questions}) {p(finding.answer.p_value)}"
@@ -183,7 +178,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         finalize=lambda x: x.rstrip("\n") if isinstance(x, str) else x,  # a macro is part of a line or of a list
     )
-    filters: list[Callable[..., Any]] = [percent, nats, signed_points, signed_nats, interval, p, p_cell, effect, fixed]
+    filters: list[Callable[..., Any]] = [percent, nats, signed_points, signed_nats, interval, p, effect, fixed]
     filters += [commas, count, verdict, setting, span, counted, distinct, outside, quoted, header]
     env.filters |= {function.__name__: function for function in filters}
     env.filters |= {"label": FACTORS.__getitem__, "rule": RULES.__getitem__, "part": PARTS.__getitem__}
