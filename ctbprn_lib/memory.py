@@ -12,7 +12,8 @@ The allocator of a GPU holds the same tensors. It also needs memory for what is 
 In bf16 the copies are those of autocast on a CPU. On a GPU autocast also sums in float32, which is not counted.
 """
 
-from dataclasses import dataclass, replace
+import itertools
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
@@ -22,8 +23,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ctbprn_lib import InputError
+from ctbprn_lib import InputError, published, search
 from ctbprn_lib.device import PRECISIONS
+from ctbprn_lib.tasks import RoutingTask
 from ctbprn_lib.train import Budget, Hyperparameters, Task, Training
 
 CARDS_GIB = (8, 24, 80)  # memory of usual GPUs
@@ -91,6 +93,32 @@ def cards(hyperparameters: Hyperparameters, task: Task, n_replicas: int = 1, pre
         Card(gib, peak / size, largest_batch(hyperparameters, task, size - LEFT_FREE, *args))
         for gib, size in sizes.items()
     ]
+
+
+def of_configuration(hyperparameters: Hyperparameters, task: Task) -> dict[str, Any]:
+    """What a report says of the memory of one replica in fp32, as plain values.
+
+    Keys: mib (peak of a step), sample_mib (for each sample more in the batch), cards (list of the values of Card).
+    """
+    step = step_bytes(hyperparameters, task)
+    found = [asdict(card) for card in cards(hyperparameters, task)]
+    return {"mib": step.peak / 2**20, "sample_mib": step.per_sample / 2**20, "cards": found}
+
+
+def of_published_trial() -> dict[str, Any]:
+    """What decides the original's two claims about memory: of_configuration of its trial 2, beside the space.
+
+    More keys: batch_size, n_shapes of the published space, share_less (of them need less than trial 2), least_mib.
+    It takes some seconds, as each shape is counted.
+    """
+    task, hp = RoutingTask(), published.hyperparameters(2)
+    space = search.default_space(task)
+    names = ("d", "rank", "batch_size", "seq_len")
+    shapes = [dict(zip(names, shape, strict=True)) for shape in itertools.product(*(space[name] for name in names))]
+    peaks = np.array([step_bytes(replace(hp, **shape), task).peak for shape in shapes])
+    less = float((peaks < step_bytes(hp, task).peak).mean())
+    beside = {"batch_size": hp.batch_size, "n_shapes": len(peaks), "share_less": less}
+    return of_configuration(hp, task) | beside | {"least_mib": float(peaks.min() / 2**20)}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 Facts holds what the trials show. Its field confirmed holds what confirm.ipynb added, or None.
 """
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,16 +13,12 @@ import numpy as np
 import optuna
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy import optimize
 
 from ctbprn_lib import InputError, confirm, evidence, files, published, search, storage, workers
 from ctbprn_lib.evidence import LEVEL, NOT_TESTED, REFUTED, SUPPORTED, UNDECIDED
-from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.report import comparisons
 from ctbprn_lib.report.comparisons import Ablation, Claim, Comparisons, Decision, Finding, from_reproduction
 from ctbprn_lib.search import HYPERPARAMETERS
-from ctbprn_lib.tasks import RoutingTask
-from ctbprn_lib.train import Hyperparameters
 
 Interval = tuple[float, float, float]  # mean, low, high
 Row = dict[str, Any]
@@ -231,7 +226,6 @@ class Confirmed:
     """What was trained again on fresh seeds.
 
     runs, about: confirm.records. n_test: samples of a test score. tuned: search.records.
-    memory_table: measured_memory of all trainings, with predicted_mib of memory_rule, which is None for few of them.
     decisions: {claim: its verdict}, {} for another task than the original's. next_space: where to search next.
     """
 
@@ -240,8 +234,6 @@ class Confirmed:
     n_test: int
     tuned: pd.DataFrame
     comparisons: Comparisons
-    memory_table: pd.DataFrame
-    memory_rule: "MemoryRule | None"
     decisions: dict[Claim, Decision]
     next_space: dict[str, Any]
 
@@ -388,7 +380,8 @@ class Confirmed:
     @property
     def trainings(self) -> pd.DataFrame:
         """One row for each training, however many questions it answers."""
-        return trainings_of(self.comparisons)
+        block = self.comparisons.runs["seed"] // self.comparisons.schedule.looks[0]
+        return self.comparisons.runs.assign(block=block).drop_duplicates(["name", "block"])
 
 
 def load(study_name: str, storage_url: str = "") -> Facts:
@@ -427,33 +420,16 @@ def load(study_name: str, storage_url: str = "") -> Facts:
 
 def confirmed(facts: Facts, runs: pd.DataFrame, about: dict[str, Any]) -> Confirmed:
     """What runs and about (of confirm.records) show, beside the tuning facts."""
-    task, n_replicas = facts.task, facts.budget["n_replicas"]
+    task = facts.task
     n_test = task.get("n_samples", {}).get("test", about["n_test"])
     has_claims = comparisons.has_claims(task)
     best = facts.by_accuracy if facts.score == "val_accuracy" else facts.by_ce
     best_trial = about.get("best_trial", f"trial {best['trial']}")
     plan = comparisons.read_plan(about["plan"]) if "plan" in about else None
     compared = Comparisons(runs, n_test, about.get("base", ""), plan, best_trial, has_claims)
-    tuning, confirming = (
-        measured_memory(facts.trials, n_replicas, task),
-        measured_memory(trainings_of(compared), compared.schedule.looks[0], task),
-    )
-    table, rule = pd.concat([tuning, confirming]), None
-    if len(table) >= 6:
-        rule = fit_memory_rule(table[SIZES].to_numpy(), table["measured_mib"])
-        table["predicted_mib"] = rule.predict(table[SIZES].to_numpy())
-    decisions = {}
-    if has_claims:
-        on_gpu = not pd.concat([facts.complete["device"], runs["device"]]).str.startswith("CPU").any()
-        decisions = compared.claims(other_decisions(runs, rule, task, about["largest_batch"], on_gpu))
+    decisions = compared.claims(other_decisions(runs, about)) if has_claims else {}
     next_space = compared.next_space(facts.space)
-    return Confirmed(comparisons.named(runs), about, n_test, facts.trials, compared, table, rule, decisions, next_space)
-
-
-def trainings_of(compared: Comparisons) -> pd.DataFrame:
-    """One row of runs for each training: a block of seeds of one configuration, as many as the first look has."""
-    block = compared.runs["seed"] // compared.schedule.looks[0]
-    return compared.runs.assign(block=block).drop_duplicates(["name", "block"])
+    return Confirmed(comparisons.named(runs), about, n_test, facts.trials, compared, decisions, next_space)
 
 
 def beside(rule: Rule, *ends: float) -> str:
@@ -471,9 +447,7 @@ def _baselines(baselines: Mapping[str, float]) -> dict[str, float]:
     return {"majority class" if rule == "chance" else rule: level for rule, level in baselines.items()}
 
 
-def other_decisions(
-    runs: pd.DataFrame, rule: "MemoryRule | None", task: dict, largest: Row | None, on_gpu: bool
-) -> dict[str, Decision]:
+def other_decisions(runs: pd.DataFrame, about: dict[str, Any]) -> dict[str, Decision]:
     """{record: Decision} of the claims that other records decide: the tables of reports/reproduce, and memory."""
     found, folder = {}, storage.REPORTS / "reproduce"
     if runs["route_accuracy"].isna().all():
@@ -481,8 +455,8 @@ def other_decisions(
     if (folder / "trial_1_seeds.csv").exists():
         one, two = (scores_of_seeds(folder / f"trial_{n}_seeds.csv") for n in (1, 2))
         found |= from_reproduction(one, two, published.TABLE.loc[2, "val_accuracy"])
-    if rule and largest:
-        found |= memory_decisions(rule, task, largest, on_gpu)
+    if "memory_of_trial_2" in about:
+        found |= memory_decisions(about["memory_of_trial_2"])
     return found
 
 
@@ -497,91 +471,10 @@ def scores_of_seeds(path: Path) -> pd.DataFrame:
     return scores
 
 
-@dataclass(frozen=True)
-class MemoryRule:
-    """MiB = per_activation A + per_parameter W + per_input I + constant; error: |error| / MiB of a shape left out.
-
-    A, W, I: MiB of one float for each activation of the layers, parameter, and input feature (see memory_sizes).
-    """
-
-    per_activation: float
-    per_parameter: float
-    per_input: float
-    constant: float
-    error: float
-
-    def predict(self, sizes: ArrayLike) -> np.ndarray:
-        """sizes (n,3) as memory_sizes gives them -> MiB (n,)."""
-        return np.asarray(sizes) @ (self.per_activation, self.per_parameter, self.per_input) + self.constant
-
-
-def memory_sizes(hp: Hyperparameters, task: dict, n_replicas: int, n_parameters: int) -> list[float]:
-    """The three sizes in MiB that peak memory is made of, at four bytes a number: A, W, I of MemoryRule."""
-    tokens = n_replicas * hp.batch_size * task["n_areas"] * hp.seq_len
-    floats = tokens * hp.d * hp.n_layers, n_replicas * n_parameters, tokens * task["n_features"]
-    return [4 * n / 2**20 for n in floats]
-
-
-def fit_memory_rule(sizes: ArrayLike, mib: ArrayLike) -> MemoryRule:
-    """Least squares on relative errors with no negative coefficient.  sizes: (n,3), mib: (n,) measured.
-
-    Raises InputError for fewer than six measurements.
-    """
-    mib = np.asarray(mib, dtype=float)
-    if len(mib) < 6:
-        raise InputError(f"a rule for memory needs at least six measurements, got {len(mib)}")
-    X = np.column_stack([sizes, np.ones(len(mib))]) / mib[:, None]  # every measurement counts by its relative error
-    shapes = np.unique(np.round(np.asarray(sizes), 9), axis=0, return_inverse=True)[1].ravel()
-    errors = []
-    for shape in np.unique(shapes):  # runs of one shape leave together, or each would be predicted by its twins
-        out = shapes == shape
-        coefficients = optimize.nnls(X[~out], np.ones((~out).sum()))[0]
-        errors.append(np.median(abs(X[out] @ coefficients - 1)))
-    coefficients = optimize.nnls(X, np.ones(len(mib)))[0]
-    return MemoryRule(*map(float, [*coefficients, np.median(errors)]))
-
-
-def measured_memory(trials: pd.DataFrame, n_replicas: int, task: dict) -> pd.DataFrame:
-    """One row for each training whose memory was measured: its shape, measured_mib, and the three sizes of the rule.
-
-    trials: rows with hyperparameters, peak_mem_mib and n_parameters. task: its description.
-    """
-    rows = []
-    for _, row in trials[trials["peak_mem_mib"] > 0].iterrows():
-        hp = search.hyperparameters(row)
-        sizes = memory_sizes(hp, task, n_replicas, row["n_parameters"])
-        rows.append([n_replicas, *(getattr(hp, name) for name in SHAPE), row["peak_mem_mib"], *sizes])
-    return pd.DataFrame(rows, columns=["n_replicas", *SHAPE, "measured_mib", *SIZES])
-
-
-def predicted_memory(rule: MemoryRule, hp: Hyperparameters, task: dict) -> float:
-    """MiB that one replica of hp takes by the rule."""
-    model = CTBPRN(task["n_features"], hp.d, hp.rank, task["n_areas"], hp.n_layers)
-    return float(rule.predict(memory_sizes(hp, task, 1, sum(p.numel() for p in model.parameters()))))
-
-
-def memory_decisions(rule: MemoryRule, task: dict, largest: Row, on_gpu: bool) -> dict[str, Decision]:
-    """{record: Decision} for the two claims about GPU memory, which nothing but a GPU decides.
-
-    largest: what confirm.largest_batch found. on_gpu: whether that and the rule are of a GPU's memory.
-    """
-    space = search.default_space(RoutingTask())
-    shapes = itertools.product(*(space[name] for name in SHAPE))
-    needed = predicted_memory(rule, published.hyperparameters(2), task)
-    all_needed = np.array(
-        [predicted_memory(rule, Hyperparameters(**dict(zip(SHAPE, shape, strict=True))), task) for shape in shapes]
-    )
-    less = float((all_needed < needed).mean())
-    least = REFUTED if less > 0 else SUPPORTED
-    larger = SUPPORTED if largest["batch_size"] > 32 else REFUTED
-    values = {
-        "on_gpu": on_gpu,
-        "mib": needed,
-        "share_less": less,
-        "n_shapes": len(all_needed),
-        "least": all_needed.min(),
-    }
+def memory_decisions(trial_2: Row) -> dict[str, Decision]:
+    """{record: Decision} for the two claims about memory.  trial_2: what memory.of_published_trial counted."""
+    larger = all(card["largest_batch"] > trial_2["batch_size"] for card in trial_2["cards"])
     return {
-        "least_memory": Decision(least if on_gpu else UNDECIDED, "least_memory", values),
-        "largest_batch": Decision(larger if on_gpu else UNDECIDED, "largest_batch", {"on_gpu": on_gpu} | largest),
+        "least_memory": Decision(REFUTED if trial_2["share_less"] else SUPPORTED, "least_memory", trial_2),
+        "largest_batch": Decision(SUPPORTED if larger else REFUTED, "largest_batch", trial_2),
     }

@@ -3,7 +3,6 @@
 import json
 import pickle
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import optuna
@@ -25,12 +24,10 @@ def write_tables(facts: Facts, folder: Path) -> None:
     spaces = {"space": facts.space}
     if c := facts.confirmed:
         tables |= {"confirmed": c.runs, "comparisons": c.comparisons.table, "importance": facts.importance}
-        tables["memory"] = c.memory_table
         spaces["next_space"] = c.next_space
         if c.decisions:
             tables["claims"] = claims_table(c.decisions)
-        about = c.about | {"memory_rule": asdict(c.memory_rule) if c.memory_rule else None}
-        (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        (folder / "about.json").write_text(json.dumps(c.about, indent=1) + "\n", encoding="utf-8")
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv", index=False)
     for name, space in spaces.items():
