@@ -583,7 +583,8 @@ def records(name: str, storage: str = "") -> tuple[pd.DataFrame, dict] | tuple[N
     for text in study.user_attrs["plan"]:
         blocks = found.get(text["key"], [])  # none where it gave no score, or where time ended the confirmation before
         run = Run(**{k: v for k, v in text.items() if k != "key"} | {"hyperparameters": _hyperparameters(text)})
-        shared = {k: getattr(run, k) for k in ("name", "role", "base", "factor", "level", "without")}
+        named = ("name", "without") if "name" in text else ()  # records of before have neither
+        shared = {k: getattr(run, k) for k in ("role", "base", "factor", "level", *named)}
         shared |= asdict(run.hyperparameters)
         cost = ("train_seconds", "step_time_ms", "peak_mem_mib", "n_parameters", *search.ORIGIN)
         n_before = 0
