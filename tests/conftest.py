@@ -161,7 +161,7 @@ class Project(type(pathlib.Path())):
         path = self / "notebooks" / "analyze.ipynb"
         notebook = nbformat.read(path, as_version=4)
         tables = (cell for cell in notebook.cells[6:] if "all_trials" in cell.source or "raw_data" in cell.source)
-        notebook.cells = [*notebook.cells[:6], *tables]
+        notebook.cells = [*notebook.cells[:8], *tables]
         nbformat.write(notebook, path)
 
     def publish(self, study):

@@ -571,8 +571,8 @@ def test_the_published_page_is_whole_and_loads_nothing(published):
         assert f"optuna_plots/{name}" in pictures
     for name in ("optuna_results_detailed.csv", "optuna_studies/ctbprn_study.pkl"):
         assert (published / name).is_file()
-    headings = ["Best Parameters Found", "Complete Trial Results", "Key Findings", "Recommendations", "Generated Plots",
-                "Raw Data", "How this was measured", "Confirmed results", "What each part of the network is worth",
+    headings = ["Verdict", "Best Parameters Found", "Complete Trial Results", "Key Findings", "Recommendations",
+                "Generated Plots", "Raw Data", "How this was measured", "Confirmed results", "What each part of the network is worth",
                 "Where the router looks", "What the original report's claims come to", "What this did not see",
                 "Reproduce this report"]  # fmt: skip
     assert re.findall(r"^## (.+)$", text, re.M) == headings

@@ -247,6 +247,22 @@ class Confirmed:
         """The role whose settings were moved."""
         return self.comparisons.base
 
+    @property
+    def recommended(self) -> str:
+        """The configuration that the verdicts recommend, as confirm.ipynb chose and saved it; else the base."""
+        name = self.about.get("recommended", self.base)
+        return name if (self.runs["name"] == name).any() else self.base
+
+    def gain(self, rival: str) -> Interval:
+        """By how much the accuracy of the recommended configuration lies above that of a rival."""
+        ours, theirs = (self.scores(name, "test_accuracy") for name in (self.recommended, rival))
+        return evidence.compare(ours, theirs)[:3]
+
+    @property
+    def seconds_a_seed(self) -> float:
+        """How long one seed of the recommended configuration trains, when a block of them is trained together."""
+        return float(np.median(self.scores(self.recommended, "train_seconds"))) / self.comparisons.schedule.looks[0]
+
     def scores(self, name: str, column: str) -> np.ndarray:
         """(R,) a column of runs for a configuration: a score, or a hyperparameter, which is the same in all."""
         return self.comparisons.run(name)[column].to_numpy()

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\nDone in {_duration(time.monotonic() - started)}.")
     print(f"  the report:          reports/{study}/report.html")
     print(f"  about the original:  reports/{reproduced}/report.html\n")
-    print(report.render(report.load(study), "verdict"))
+    print(report.render(report.load(study), "verdict").replace("**", "").replace("`", ""))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
