@@ -571,10 +571,22 @@ def test_the_published_page_is_whole_and_loads_nothing(published):
         assert f"optuna_plots/{name}" in pictures
     for name in ("optuna_results_detailed.csv", "optuna_studies/ctbprn_study.pkl"):
         assert (published / name).is_file()
-    headings = ["Verdict", "Best Parameters Found", "Complete Trial Results", "Key Findings", "Recommendations",
-                "Generated Plots", "Raw Data", "How this was measured", "Confirmed results",
-                "What each part of the network is worth", "Where the router looks", "What the original report's claims come to", "What this did not see",
-                "Reproduce this report"]  # fmt: skip
+    headings = [
+        "Verdict",
+        "Best Parameters Found",
+        "Complete Trial Results",
+        "Key Findings",
+        "Recommendations",
+        "Generated Plots",
+        "Raw Data",
+        "How this was measured",
+        "Confirmed results",
+        "What each part of the network is worth",
+        "Where the router looks",
+        "What the original report's claims come to",
+        "What this did not see",
+        "Reproduce this report",
+    ]
     assert re.findall(r"^## (.+)$", text, re.M) == headings
     assert not re.search(r"/(home|root|work|tmp|Users)/|(?:it|step)/s|Traceback|Warning|import ", text)
 
