@@ -181,18 +181,23 @@ def _take(study: Study, still_locked: Callable[[], bool]) -> optuna.Trial | None
 def ask(study: Study) -> optuna.Trial:
     """A trial that waits (a lost one, or one that was queued), else a new one.  Only under the lock.
 
-    It is marked before it runs, so that a trial that runs without marks is another program's.
+    It is marked before it runs, so that a trial that runs without marks is another program's. study.ask is not used:
+    where the database did not acknowledge that a trial runs, it would leave that trial as it is and begin another one.
     """
-    for trial in study._storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.WAITING,)):
+    storage = study._storage
+    for trial in storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.WAITING,)):
         if reason := study.outside(trial.params | trial.system_attrs.get("fixed_params", {})):
             fail(study, trial, reason)
             continue
         for name, value in study.marks.items():
-            study._storage.set_trial_user_attr(trial._trial_id, name, trial.user_attrs.get(name, value))
+            storage.set_trial_user_attr(trial._trial_id, name, trial.user_attrs.get(name, value))
+        number = trial._trial_id
         break
     else:
-        study.add_trial(optuna.create_trial(state=TrialState.WAITING, user_attrs=study.marks))
-    return study.ask()  # the first that waits
+        new = optuna.create_trial(state=TrialState.WAITING, user_attrs=study.marks)
+        number = storage.create_new_trial(study._study_id, template_trial=new)
+    storage.set_trial_state_values(number, TrialState.RUNNING)
+    return optuna.Trial(study, number)
 
 
 def _care_for_the_lost(study: Study, n_trials: int | None) -> list[FrozenTrial]:

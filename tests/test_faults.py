@@ -18,10 +18,12 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import optuna
 import psutil
 import pytest
 import sqlalchemy
 from crew import FORKS, check_exact, question, trials_at, until, work_for
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from papermill.exceptions import PapermillExecutionError
 
@@ -252,6 +254,24 @@ def test_a_trial_that_was_lost_before_it_was_signed_is_tried_again_too(reports):
     search.run_trials(study, 1, **asked)
     check_exact(study.trials, 1)
     assert [trial.user_attrs.get("retry_of") for trial in study.trials] == [None, 0]
+
+
+def test_a_beginning_that_the_database_did_not_acknowledge_begins_one_trial(reports, monkeypatch):
+    study, asked = study_of()
+    real, heard = RDBStorage.set_trial_state_values, []
+
+    def lose_the_first_answer(self, trial_id, state, values=None):
+        answer = real(self, trial_id, state, values)
+        heard.append(state)
+        if len(heard) == 1:
+            raise sqlalchemy.exc.OperationalError("commit", {}, sqlite3.OperationalError("database is locked"))
+        return answer
+
+    monkeypatch.setattr(RDBStorage, "set_trial_state_values", lose_the_first_answer)
+    search.run_trials(study, 1, **asked)
+    assert len(heard) == 3  # begun, begun once more, and finished
+    everything = optuna.load_study(study_name="s", storage=study._storage).trials
+    assert [trial.state for trial in everything] == [TrialState.COMPLETE]
 
 
 def test_a_trial_of_another_machine_is_lost_only_when_its_signs_of_life_have_stopped(reports, monkeypatch):

@@ -13,12 +13,16 @@ import pytest
 from crew import SPACE, question, work_for
 from test_report import made
 
-from ctbprn_lib import InputError, confirm, parameters, report, search, storage, tasks, workers
+from ctbprn_lib import InputError, confirm, evidence, parameters, report, search, storage, tasks, workers
 from ctbprn_lib.report import publish, text
 from ctbprn_lib.train import Budget
 
 FLOAT = optuna.distributions.FloatDistribution
 WAITING, RUNNING = optuna.trial.TrialState.WAITING, optuna.trial.TrialState.RUNNING
+
+
+LOOKS = evidence.Schedule((2, 4), (0.5, 0.5))
+PLAN = evidence.Plan((evidence.Question("one", (evidence.Contrast("trial 0", "defaults", False),)),), LOOKS)
 
 
 def begun(n_trials=0, name="s", **more):
@@ -158,10 +162,10 @@ def test_a_study_in_which_another_program_has_worked_is_refused_and_an_empty_one
 @pytest.mark.slow
 def test_the_confirmation_of_a_deleted_study_is_told_apart(reports):
     study, asked = begun(1)
-    first = confirm.Confirmation(study, asked["task"], 2, 64, device="cpu")
+    first = confirm.Confirmation(study, asked["task"], LOOKS, 64, device="cpu")
     runs = confirm.candidates(search.records(study), asked["task"], 2, 1)[:2]
     first.train(runs)
-    first.write_plan(runs, 1, asked["task"].baselines(), None)
+    first.record_plan(PLAN, runs, baselines=asked["task"].baselines())
     assert len(confirm.records("s")[0]) == 4
     optuna.delete_study(study_name="s", storage=study._storage)
     again, _ = begun(2)
@@ -169,9 +173,9 @@ def test_the_confirmation_of_a_deleted_study_is_told_apart(reports):
     assert not r.confirmed and confirm.records("s") == (None, None)
     assert "a confirmation of an earlier study of this name, which was deleted" in report.render(r, "summary")
     with pytest.raises(InputError, match=r"confirmation of a study 's' that has been deleted; delete it too"):
-        confirm.Confirmation(again, asked["task"], 2, 64, device="cpu")
+        confirm.Confirmation(again, asked["task"], LOOKS, 64, device="cpu")
     optuna.delete_study(study_name="s/confirm", storage=again._storage)
-    assert confirm.Confirmation(again, asked["task"], 2, 64, device="cpu").train(runs[:1])
+    assert confirm.Confirmation(again, asked["task"], LOOKS, 64, device="cpu").train(runs[:1])
     assert "earlier study" not in report.render(report.load("s"), "summary")
 
 
@@ -180,11 +184,11 @@ def test_a_confirmation_made_beforehand_is_taken_if_it_is_empty_and_refused_if_i
     theirs = optuna.create_study(study_name="s/confirm", storage=study._storage)
     theirs.add_trial(optuna.create_trial(value=0.0))
     assert "earlier study" not in report.render(report.load("s"), "summary")
-    assert confirm.Confirmation(study, asked["task"], 2, 64, device="cpu").study.user_attrs["of"]
+    assert confirm.Confirmation(study, asked["task"], LOOKS, 64, device="cpu").study.user_attrs["of"]
     optuna.delete_study(study_name="s/confirm", storage=study._storage)
     optuna.create_study(study_name="s/confirm", storage=study._storage, directions=["minimize", "maximize"])
     with pytest.raises(InputError, match="'s/confirm' that another program made for something else"):
-        confirm.Confirmation(study, asked["task"], 2, 64, device="cpu")
+        confirm.Confirmation(study, asked["task"], LOOKS, 64, device="cpu")
 
 
 def test_what_a_deleted_study_left_in_its_folder_is_set_aside_and_not_lost(reports):
@@ -203,21 +207,25 @@ def test_what_a_deleted_study_left_in_its_folder_is_set_aside_and_not_lost(repor
 @pytest.mark.slow
 def test_a_trial_put_into_the_confirmation_by_hand_is_passed_over(reports):
     study, asked = begun(1)
-    confirmation = confirm.Confirmation(study, asked["task"], 2, 64, device="cpu")
+    confirmation = confirm.Confirmation(study, asked["task"], LOOKS, 64, device="cpu")
     runs = confirm.candidates(search.records(study), asked["task"], 2, 1)[:1]
     confirmation.study.add_trial(optuna.create_trial(value=0.0))
     confirmation.train(runs)
-    confirmation.write_plan(runs, 1, asked["task"].baselines(), None)
+    confirmation.record_plan(PLAN, runs, baselines=asked["task"].baselines())
     assert len(confirm.records("s")[0]) == 2
 
 
 def test_on_a_tie_the_report_names_the_configuration_that_the_files_hold(reports):
     study, asked = begun(1)
-    confirmation = confirm.Confirmation(study, asked["task"], 2, 64, device="cpu")
+    confirmation = confirm.Confirmation(study, asked["task"], LOOKS, 64, device="cpu")
     run = confirm.candidates(search.records(study), asked["task"], 2, 1)[0]
-    runs = [run, replace(run, role="defaults")]  # trained once for both; by their names the second would be the first
-    best = confirmation.save_best(runs, confirmation.train(runs))
-    confirmation.write_plan(runs, 1, asked["task"].baselines(), None, best)
+    # trained once for both; by their names the second would be the first
+    runs = [run, replace(run, role="defaults", name="defaults")]
+    confirmation.train(runs)
+    best = confirmation.best(runs)
+    for name, role in best.items():
+        confirmation.save(f"best_{name}", next(run for run in runs if run.role == role))
+    confirmation.record_plan(PLAN, runs, baselines=asked["task"].baselines(), best=best)
     files = {name: json.loads((reports / "s" / f"best_{name}.json").read_text())["role"] for name in ("accuracy", "ce")}
     about = confirmation.study.user_attrs["about"]
     for kept in (about, {name: value for name, value in about.items() if name != "best"}):  # older records lack it

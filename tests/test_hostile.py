@@ -475,7 +475,7 @@ RECORD = pd.DataFrame({"route_accuracy": [0.5]})
 READERS = {
     "ctbprn/claims.csv": lambda path: list(report_tables.recorded_claims("ctbprn", {})),
     "ctbprn/confirmed.csv": lambda path: simulate.spreads(path),
-    "reproduce/trial_2_seeds.csv": lambda _: facts.other_decisions(RECORD, None, {}, None, False),
+    "reproduce/trial_2_seeds.csv": lambda _: facts.other_decisions(RECORD, {}),
 }
 
 

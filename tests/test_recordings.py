@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_report import made_up
 
-from ctbprn_lib import InputError, confirm, files, report, scoring, search, tasks
+from ctbprn_lib import InputError, confirm, evidence, files, report, scoring, search, tasks
 from ctbprn_lib import recordings as checks
 from ctbprn_lib.model import CTBPRN, Classifier
 from ctbprn_lib.report.text import RULES
@@ -430,9 +430,10 @@ def test_confirm_saves_a_classifier_that_scores_on_raw_recordings_what_its_file_
     question = dict(task=task, space=space, budget=Budget(2, 2))
     study = search.open_study("mine", **question)
     search.run_trials(study, 1, **question, device="cpu")
-    confirmation = confirm.Confirmation(study, task, 2, device="cpu")
+    confirmation = confirm.Confirmation(study, task, evidence.Schedule((2,), (1.0,)), device="cpu")
     runs = confirm.candidates(search.records(study), task, 2, 1)[:1]
-    confirmation.save_best(runs, confirmation.train(runs))
+    confirmation.train(runs)
+    confirmation.save("best_ce", runs[0])
     classifier = Classifier.load(reports / "mine" / "best_ce.safetensors")
     test, lengths = split == "test", more["lengths"]
     accuracy = (classifier.predict(x[test], lengths=lengths[test]) == y[test]).mean()
