@@ -36,6 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective": tuple(OBJECTIVES),
     "sampler": tuple(SAMPLERS),
     "pruner": tuple(PRUNERS),
+    "base_from": ("confirmed", "search"),
     "precision": PRECISIONS,
 }
 INJECTED = "# Parameters\n"  # the first line of the cell that papermill writes
