@@ -84,10 +84,13 @@ def ablations(base: Run, space: Space, task: Task, n_levels: int = 0) -> list[Ru
     """Each hyperparameter of the Run base through its levels, all else equal; then batch sizes at equal samples,
     shorter and longer training, and the network without each of its parts.
 
-    n_levels: of each hyperparameter, those nearest to the base's own; 0 for all, which are at least four.
+    n_levels: of each hyperparameter that the space varies, those nearest to the base's own, and four times its length
+    of training; 0 for all, which are at least four, of those that it holds fixed too.
     """
     hp, runs = base.hyperparameters, []
     for name, entry in space.items():
+        if n_levels and isinstance(entry, list) and len(entry) == 1:
+            continue
         for level in nearest(levels(name, entry, getattr(hp, name), task), getattr(hp, name), n_levels):
             runs.append(_moved(base, replace(hp, **{name: level}), base.n_steps, name, level))
     sizes = levels("batch_size", space["batch_size"], hp.batch_size, task)

@@ -27,23 +27,29 @@ MINUTES = 4.6  # that the quick report is sized for
 NOTEBOOK_SECONDS = 20  # to start a notebook, and to draw and write what it has found
 STEPS = (250, 600)  # of a quick report's trainings: fewer would decide nothing, and more are not needed
 MARGIN = 1.25  # of the expected time: cores share their memory, and what confirm trains depends on what tune finds
-N_SEEDS = 4  # of each configuration of the quick report, at first
+N_SEEDS = 8  # of each configuration of the quick report
 # Trainings of one configuration of quick.yaml with N_SEEDS seeds and n_steps steps that the quick report takes, about:
 # the search (half as many replicas, and pruned), and what confirm compares.
-TRAININGS = 24
+TRAININGS = 15
 
 QUICK: dict[str, Parameters] = {
     "tune": {"n_trials": 8, "n_replicas": 2, "space": "notebooks/quick.yaml"},
     "confirm": {
-        "looks": "4,8",
-        "n_seed_runs": 64,
+        "looks": "8",
         "n_test": 4096,
         "n_top": 1,
         "n_levels": 2,
         "with_published": False,
         "base_from": "search",
     },
-    "reproduce": {"n_seeds": 40, "n_fresh_seeds": 4, "n_spread_seeds": 4, "max_steps": 20, "n_curve_seeds": 2},
+    "reproduce": {
+        "n_seeds": 40,
+        "n_fresh_seeds": 4,
+        "n_samples": 4096,
+        "n_spread_seeds": 4,
+        "max_steps": 20,
+        "n_curve_seeds": 2,
+    },
     "explore": {"n_steps": 100},
 }
 FULL: dict[str, Parameters] = {
