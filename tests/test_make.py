@@ -87,12 +87,12 @@ def test_a_notebook_that_fails_ends_it_with_its_last_words(monkeypatch, tmp_path
     monkeypatch.setattr(make, "ROOT", tmp_path)
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "runs").mkdir()
-    for name, code in (("good", "print(n)"), ("bad", "raise ValueError('no such thing')")):
-        cells = [nbformat.v4.new_code_cell("n = 1"), nbformat.v4.new_code_cell(code)]
+    for name, code in (("good", "print(n, repr(looks))"), ("bad", "raise ValueError('no such thing')")):
+        cells = [nbformat.v4.new_code_cell("n = 1\nlooks = 'x'"), nbformat.v4.new_code_cell(code)]
         cells[0].metadata["tags"] = ["parameters"]
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=KERNEL), tmp_path / "notebooks" / f"{name}.ipynb")
-    make._run({"good": {"n": 7}})
+    make._run({"good": {"n": 7, "looks": "8"}})
     assert "good begins" in (printed := capsys.readouterr().out) and "good ends after" in printed
-    assert nbformat.read(tmp_path / "runs" / "good.ipynb", 4).cells[-1].outputs[0].text == "7\n"
+    assert nbformat.read(tmp_path / "runs" / "good.ipynb", 4).cells[-1].outputs[0].text == "7 '8'\n"
     with pytest.raises(SystemExit, match="bad has failed: ValueError: no such thing"):
         make._run({"bad": {}})

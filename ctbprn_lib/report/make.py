@@ -164,7 +164,9 @@ def _run(notebooks: dict[str, Parameters]) -> None:
     """
     running = {}
     for name, parameters in notebooks.items():
-        words = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
+        words = []
+        for key, value in parameters.items():
+            words += ["-r" if isinstance(value, str) else "-p", key, str(value)]  # a text such as 8 stays one with -r
         command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--log-output", f"notebooks/{name}.ipynb",
                    f"runs/{name}.ipynb", *words]  # fmt: skip
         one_thread = {"OMP_NUM_THREADS": "1"} if len(notebooks) > 1 else {}
