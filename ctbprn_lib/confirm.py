@@ -88,12 +88,12 @@ def ablations(base: Run, space: Space, task: Task, n_levels: int = 0) -> list[Ru
     of training; 0 for all, which are at least four, of those that it holds fixed too.
     """
     hp, runs = base.hyperparameters, []
+    if n_levels:
+        space = {name: entry for name, entry in space.items() if not isinstance(entry, list) or len(entry) > 1}
     for name, entry in space.items():
-        if n_levels and isinstance(entry, list) and len(entry) == 1:
-            continue
         for level in nearest(levels(name, entry, getattr(hp, name), task), getattr(hp, name), n_levels):
             runs.append(_moved(base, replace(hp, **{name: level}), base.n_steps, name, level))
-    sizes = levels("batch_size", space["batch_size"], hp.batch_size, task)
+    sizes = levels("batch_size", space["batch_size"], hp.batch_size, task) if "batch_size" in space else []
     for size in nearest(sizes, hp.batch_size, n_levels):
         n_steps = max(1, round(base.n_steps * hp.batch_size / size))
         runs.append(_moved(base, replace(hp, batch_size=size), n_steps, "batch_size, equal samples", size))
@@ -132,6 +132,8 @@ def _moved(base: Run, hp: Hyperparameters, n_steps: int, factor: str, level: flo
 
 def nearest(levels: list[Any], own: float, n: int) -> list[Any]:
     """The n levels nearest to own by their rank, itself included, smaller before larger; all for n = 0."""
+    if not levels:
+        return []
     at = levels.index(own)
     by_distance = sorted(levels, key=lambda level: (abs(levels.index(level) - at), level))
     return sorted(by_distance[:n] if n else levels)
