@@ -43,7 +43,7 @@ QUICK: dict[str, Parameters] = {
         "base_from": "search",
     },
     "reproduce": {
-        "n_seeds": 40,
+        "n_seeds": 20,
         "n_fresh_seeds": 4,
         "n_samples": 4096,
         "n_spread_seeds": 4,
