@@ -285,8 +285,9 @@ class Confirmed:
         return next((one for one in self.ablations if one.factor == factor), None)
 
     def beside_rule(self, rule: Rule) -> str:
-        """beside of the best accuracy and a rule; seeds and samples both leave room."""
-        mean, *ends = self.interval(self.best["accuracy"], "test_accuracy")
+        """beside of the accuracy that the report recommends and a rule; seeds and samples both leave room."""
+        name = self.recommended if "recommended" in self.about else self.best["accuracy"]
+        mean, *ends = self.interval(name, "test_accuracy")
         return beside(rule, *ends, *evidence.sample_interval(mean, self.n_test))
 
     @property
