@@ -7,7 +7,7 @@ export JUPYTER_RUNTIME_DIR := $(CURDIR)/.venv/jupyter/runtime
 export IPYTHONDIR := $(CURDIR)/.venv/ipython
 export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 
-.PHONY: report reproduce explore tune confirm test check style lab
+.PHONY: report test check style lab
 
 # Say what will run and about how long, run it, and say where the reports are. Sizes follow from the machine's speed.
 #   make report SIZE=full            for a GPU: reports/flagship
