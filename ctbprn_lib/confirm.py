@@ -108,8 +108,14 @@ def parts(base: Run, n_steps: int) -> list[Run]:
 
     There the whole network is trained as long, to compare with.
     """
-    runs = [replace(_moved(base, base.hyperparameters, base.n_steps, "without"), without=part,
-                    name=f"{base.role}: without {part}") for part in PARTS]  # fmt: skip
+    runs = [
+        replace(
+            _moved(base, base.hyperparameters, base.n_steps, "without"),
+            without=part,
+            name=f"{base.role}: without {part}",
+        )
+        for part in PARTS
+    ]
     if n_steps > base.n_steps:
         for part in ("", *PARTS):
             name = f"{base.role}: without {part}, {n_steps} steps" if part else f"{base.role}: n_steps {n_steps}"
@@ -271,8 +277,10 @@ class Confirmation:
     def train_all(self, runs: Iterable[Run], on_done: OnDone | None = None) -> None:
         """Train one block of each Run.  Raises InputError if time ends it before all are done."""
         if not self.train(runs, on_done):
-            raise InputError("the minutes were over before every candidate was trained; what is done is kept, and the "
-                             "same command with more minutes goes on from there")  # fmt: skip
+            raise InputError(
+                "the minutes were over before every candidate was trained; what is done is kept, and the "
+                "same command with more minutes goes on from there"
+            )
 
     def decide(
         self,

@@ -285,9 +285,18 @@ def run_trials(
     """
     recorded = study.user_attrs["fingerprint"]
     search = Search(
-        study.study_name, storage.url_of(study), task, space, budget, recorded["objective"], seed,
-        study.marks["sampler"], study.marks["pruner"], device, n_trials,
-    )  # fmt: skip
+        study.study_name,
+        storage.url_of(study),
+        task,
+        space,
+        budget,
+        recorded["objective"],
+        seed,
+        study.marks["sampler"],
+        study.marks["pruner"],
+        device,
+        n_trials,
+    )
     n_failed = 0
 
     def announce(study: workers.Study, trial: FrozenTrial, n_finished: int) -> None:
@@ -335,9 +344,16 @@ class Search:
     def open(self) -> workers.Study:
         """The study, opened by a worker process."""
         return _open(
-            self.study_name, self.url, self.task, self.space, self.budget, self.objective, self.sampler, self.pruner,
+            self.study_name,
+            self.url,
+            self.task,
+            self.space,
+            self.budget,
+            self.objective,
+            self.sampler,
+            self.pruner,
             self.seed,
-        )  # fmt: skip
+        )
 
     def run(self, study: workers.Study, trial: optuna.Trial) -> float | tuple[float, ...]:
         """Train one trial, and put its record into the database; returns its values."""
@@ -441,8 +457,10 @@ def or_chance(name: str, values: Sequence[float | None] | np.ndarray, n_classes:
 
 def trial_record(result: Fit) -> dict[str, Any]:
     """What the database keeps of a Fit: plain JSON values."""
-    curves = {name: [[None if math.isnan(v) else round(float(v), 6) for v in row] for row in rows]
-              for name, rows in result.curves.items()}  # fmt: skip
+    curves = {
+        name: [[None if math.isnan(v) else round(float(v), 6) for v in row] for row in rows]
+        for name, rows in result.curves.items()
+    }
     return scores(result) | dict(
         steps=result.steps,
         curves=curves,
@@ -535,8 +553,13 @@ def commit() -> str:
 @functools.cache
 def provenance() -> dict[str, str]:
     """Versions and commit of what runs; they are those of the first call, when the code was loaded."""
-    return dict(ctbprn=__version__, torch=torch.__version__, optuna=optuna.__version__,
-                python=platform.python_version(), commit=commit())  # fmt: skip
+    return dict(
+        ctbprn=__version__,
+        torch=torch.__version__,
+        optuna=optuna.__version__,
+        python=platform.python_version(),
+        commit=commit(),
+    )
 
 
 def differences(there: Any, here: Any, where: str = "") -> Iterator[str]:

@@ -26,8 +26,9 @@ GRACE = 180  # seconds without a sign of life until a trial counts as lost: long
 FROZEN = 30  # seconds until PostgreSQL takes the lock from a worker that stands still
 ADVISORY_LOCK = 0x435442  # its number in PostgreSQL, which has one such lock for each number and database
 # Seconds and milliseconds after which a silent server counts as gone; without them a broken line hangs for minutes.
-POSTGRESQL = dict(connect_timeout=10, keepalives_idle=30, keepalives_interval=10, keepalives_count=3,
-                  tcp_user_timeout=30_000)  # fmt: skip
+POSTGRESQL = dict(
+    connect_timeout=10, keepalives_idle=30, keepalives_interval=10, keepalives_count=3, tcp_user_timeout=30_000
+)
 # Errors that may pass; the last is of Optuna's second attempt on a lost connection.
 PASSING = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.PendingRollbackError)
 HOPELESS = "authentication failed|no password|pg_hba|does not exist|permission denied|No space left"  # of waiting

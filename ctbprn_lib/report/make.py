@@ -98,9 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="make report", description="Run the notebooks one after another and write the reports.",
+        prog="make report",
+        description="Run the notebooks one after another and write the reports.",
         epilog="With make: make report SIZE=full MINUTES=30 STUDY=name TRIALS=40 REPLICAS=4 STEPS=500",
-    )  # fmt: skip
+    )
     parser.add_argument("--size", choices=("quick", "full"), default="quick", help="full is for a GPU")
     parser.add_argument("--minutes", type=float, default=0, help="shared among the notebooks; 0: as the size needs")
     parser.add_argument("--study", default="", help="folder under reports/")
@@ -167,8 +168,16 @@ def _run(notebooks: dict[str, Parameters]) -> None:
         words = []
         for key, value in parameters.items():
             words += ["-r" if isinstance(value, str) else "-p", key, str(value)]  # a text such as 8 stays one with -r
-        command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--log-output", f"notebooks/{name}.ipynb",
-                   f"runs/{name}.ipynb", *words]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "papermill",
+            "--no-progress-bar",
+            "--log-output",
+            f"notebooks/{name}.ipynb",
+            f"runs/{name}.ipynb",
+            *words,
+        ]
         one_thread = {"OMP_NUM_THREADS": "1"} if len(notebooks) > 1 else {}
         log = ROOT / "runs" / f"{name}.log"
         with log.open("w") as file:
