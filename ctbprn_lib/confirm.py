@@ -223,7 +223,6 @@ class Confirmation:
             raise InputError(f"looks must be multiples of the first, as seeds come in blocks, got {schedule.looks}")
         self.task, self.n_test, self.device = task, n_test, resolve_device(device)
         self.budget = Budget(**tuned["budget"] | dict(n_replicas=self.block, n_evals=1))
-        self.precision = resolve_precision(self.budget.precision, self.device)
         self.seed, self.name, self.n_workers, self.n_seed_runs = seed, study.study_name, n_workers, n_seed_runs
         self.ends_at = time.time() + 60 * minutes if minutes else math.inf
         self.weights = storage.REPORTS.parent / "runs" / "weights"
@@ -243,6 +242,22 @@ class Confirmation:
                 f"too (optuna delete-study --study-name {name} --storage <URL>), or tune under another study_name"
             )
         self.study.set_user_attr("of", study.user_attrs.get("id"))
+        self.began_on = self._began_on()
+
+    def _began_on(self) -> list[str]:
+        """The precision and the device type of the machine that began this confirmation.
+
+        They are part of the keys. A machine of another kind that joins does the same runs, and each record says on what
+        it was trained.
+        """
+        with storage.locked(storage.url_of(self.study)):
+            began_on = self.study.user_attrs.get("began_on")
+            if began_on is None:
+                began_on = [resolve_precision(self.budget.precision, self.device), self.device.type]
+                for record in _by_key(self.study).values():  # of before it was recorded
+                    began_on = [record["precision"], "cpu" if record["device"].startswith("CPU") else "cuda"]
+                self.study.set_user_attr("began_on", began_on)
+        return began_on
 
     def train(self, runs: Iterable[Run], on_done: OnDone | None = None, seeds: Mapping[str, int] | None = None) -> bool:
         """Train what is not there yet; what failed is tried again.
@@ -374,7 +389,7 @@ class Confirmation:
         """What makes two trainings the same, as a hash."""
         budget = asdict(replace(self.budget, n_steps=run.n_steps))
         same = [run.hyperparameters.identity(), budget, self.seed, self.n_test, self.task.description]
-        same += [self.precision, self.device.type]
+        same += self.began_on
         same += ["ablation"] if run.base else []
         same += [run.without] if run.without else []
         same += [block] if block else []

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import optuna
 import pytest
-import torch
 
 from ctbprn_lib import InputError, confirm, evidence, search, storage, tasks
 from ctbprn_lib.model import CTBPRN
@@ -127,18 +126,23 @@ def plan_of(*names, paired=True):
     return evidence.Plan((evidence.Question("one", (evidence.Contrast(*names, paired),)),), LOOKS)
 
 
-def test_records_of_another_precision_are_not_mixed_and_failures_are_tried_again(confirmation, monkeypatch):
+def test_a_machine_of_another_kind_goes_on_with_the_same_runs(confirmation, study, small_task, monkeypatch):
     run = confirm.Run("defaults", Hyperparameters(d=4, rank=2, batch_size=4, seq_len=8), 2)
-    key, others = confirmation.key(run), []
-    for precision, device in (("bf16", "cpu"), ("fp32", "cuda")):
-        with monkeypatch.context() as patch:
-            patch.setattr(confirmation, "precision", precision)
-            patch.setattr(confirmation, "device", torch.device(device))
-            others.append(confirmation.key(run))
-    assert len({key, *others}) == 3
+    confirmation.train([run])
+    before = records_of(confirmation)
+    monkeypatch.setattr(confirm, "resolve_precision", lambda precision, device: "bf16")
+    for recorded in (True, False):  # False: the confirmation was begun before this was recorded
+        joined = confirm.Confirmation(study, small_task, LOOKS, n_test=64)
+        joined.train([run], lambda *words: pytest.fail("trained again"))
+        assert joined.key(run) == confirmation.key(run) and records_of(joined) == before
+        if recorded:
+            joined.study.set_user_attr("began_on", None)
+
+
+def test_runs_that_failed_are_tried_again(confirmation):
+    run = confirm.Run("defaults", Hyperparameters(d=4, rank=2, batch_size=4, seq_len=8), 2)
+    key = confirmation.key(run)
     failed = dict(state=optuna.trial.TrialState.FAIL, user_attrs={"key": key, "failure": "oom"})
-    for other in others:
-        confirmation.study.add_trial(optuna.create_trial(value=-1.0, user_attrs={"key": other, "mean_test_ce": -1.0}))
     confirmation.study.add_trial(optuna.create_trial(**failed))
     done = []
     confirmation.train([run], lambda *words: done.append(words))
@@ -337,7 +341,7 @@ def test_confirmations_from_before_a_hyperparameter_was_added_keep_their_keys():
     """The keys are those that the code had when there were seven hyperparameters."""
     made = confirm.Confirmation.__new__(confirm.Confirmation)
     made.task, made.n_test, made.seed, made.budget = tasks.RoutingTask(), 8192, 0, Budget(500, 8, n_evals=1)
-    made.precision, made.device = "bf16", torch.device("cpu")
+    made.began_on = ["bf16", "cpu"]
     hp = Hyperparameters(lr=0.00153, rank=16, temperature=1.71)
     assert made.key(confirm.Run("published trial 2", hp, 500)) == "c7e2956364ab520e"
     assert made.key(confirm.Run("", hp, 500, "published trial 2")) == "656a0a5605cb052e"
