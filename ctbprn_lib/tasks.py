@@ -21,7 +21,7 @@ import torch
 
 from ctbprn_lib import InputError, files, recordings
 
-INTERIM_SAMPLES = 256  # of the split "interim": few validation samples, the same for all trainings, for the pruner
+INTERIM_SAMPLES = 128  # of the split "interim": few validation samples, the same for all trainings, for the pruner
 SPLIT_KEYS = {"validation": 1, "test": 3}  # of the routing task's seeds; the stem was chosen on samples made from key 2
 CHUNK = 256  # samples of a fixed set drawn at once; part of what makes the set the same everywhere
 UEA_AREAS = {"BasicMotions": ["accelerometer"] * 3 + ["gyroscope"] * 3}

@@ -78,12 +78,12 @@ def until(true, seconds=60):
     return value
 
 
-def trials_at(url):
-    """The trials of the study "s" at url; () if it is not there yet."""
+def trials_at(url, study="s"):
+    """The trials of a study at url; () if it is not there yet."""
     with contextlib.suppress(KeyError, InputError):
         kept = storage.connect(url, reading=True)
         try:
-            return optuna.load_study(study_name="s", storage=kept).trials
+            return optuna.load_study(study_name=study, storage=kept).trials
         finally:
             storage.disconnect(kept)
     return ()

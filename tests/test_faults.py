@@ -31,7 +31,7 @@ from ctbprn_lib import InputError, search, storage, tasks, workers
 from ctbprn_lib.report import publish
 from ctbprn_lib.train import fit
 
-SMALL = [("n_steps", 4), ("n_replicas", 2), ("study_name", "s"), ("pruner", "none")]
+SMALL = {"n_steps": 4, "n_replicas": 2, "study_name": "s", "pruner": "none"}
 DATABASE = "reports/s/optuna_studies/ctbprn_study.db"
 # papermill as a terminal starts it: Ctrl-C may be off where tests run in the background
 PAPERMILL = """
@@ -105,7 +105,7 @@ def kill_tree(process):
 def tune(project, n_trials):
     """papermill on tune.ipynb as a started process."""
     (project / "small.yaml").write_text("d: [8]\nbatch_size: [4]\nseq_len: [8, 16]\n")
-    given = [*SMALL, ("n_trials", n_trials), ("space", "small.yaml")]
+    given = [*SMALL.items(), ("n_trials", n_trials), ("space", "small.yaml")]
     pairs = [word for pair in given for word in ("-p", *pair)]
     return started(project, "-c", PAPERMILL, "--log-output", "--no-progress-bar", "notebooks/tune.ipynb",
                    "runs/tune.ipynb", *pairs)  # fmt: skip
@@ -119,8 +119,8 @@ def study_of(task=None):
     return search.open_study("s", pruner="none", **asked), asked
 
 
-def n_finished(url):
-    return sum(t.state in workers.FINISHED for t in trials_at(url))
+def n_finished(url, study="s"):
+    return sum(t.state in workers.FINISHED for t in trials_at(url, study))
 
 
 def test_12_kills_at_random_moments_lose_no_finished_trial_and_the_total_is_exact(crew, tmp_path):
@@ -154,11 +154,45 @@ def test_papermill_killed_with_its_kernel_and_run_again_ends_in_a_report_of_all_
     assert not (project / "reports" / "s" / "report.md").exists()
     n_trials = len(finished) + 2
     with real_report(project):
-        shown = run_here(project, "tune", **dict(SMALL), n_trials=n_trials, space="small.yaml")
+        shown = run_here(project, "tune", **SMALL, n_trials=n_trials, space="small.yaml")
     trials = trials_at(url)
     check_exact(trials, n_trials)
     assert all(trials[number] == trial for number, trial in finished.items())
     assert any(f"{n_trials} complete" in text.data for text in shown if text)
+
+
+def test_confirm_whose_kernel_is_killed_loses_no_run_and_goes_on(project, run_here):
+    rng, y = np.random.default_rng(0), np.repeat(["a", "b"], 30)
+    np.savez(project / "small.npz", x=rng.normal(size=(60, 2, 4, 3)), y=y)
+    (project / "tiny.yaml").write_text("d: [4]\nrank: [2]\nbatch_size: [4]\n")
+    given = SMALL | {"study_name": "k", "task": "small.npz"}
+    run_here(project, "tune", **given, n_trials=2, space="tiny.yaml", n_workers=1)
+    url = f"sqlite:///{project / DATABASE.replace('/s/', '/k/')}"
+    how = {
+        "study_name": "k",
+        "task": "small.npz",
+        "looks": "2",
+        "n_levels": 2,
+        "with_published": "False",
+        "n_workers": 2,
+    }
+    words = [word for name, value in how.items() for word in ("-r" if name == "looks" else "-p", name, value)]
+    with started(project, "-c", PAPERMILL, "notebooks/confirm.ipynb", "runs/confirm.ipynb", *words) as process:
+        until(lambda: n_finished(url, "k/confirm") > 0)
+        children = psutil.Process(process.pid).children(recursive=True)
+        kernel = next(child for child in children if "ipykernel_launcher" in " ".join(child.cmdline()))
+        started_by_it = kernel.children(recursive=True)
+        kernel.kill()
+        assert process.wait(60) != 0
+        assert not psutil.wait_procs(started_by_it, 60)[1], "its workers live on"
+    before = {t.user_attrs["key"]: t for t in trials_at(url, "k/confirm") if t.state == TrialState.COMPLETE}
+    how["with_published"] = False
+    run_here(project, "confirm", **how)
+    trials = trials_at(url, "k/confirm")
+    done = [t.user_attrs["key"] for t in trials if t.state == TrialState.COMPLETE]
+    assert len(done) == len(set(done)) > len(before)
+    assert all(trials[trial.number] == trial for trial in before.values())
+    assert not {TrialState.RUNNING, TrialState.WAITING} & {trial.state for trial in trials}
 
 
 def published(project):
@@ -233,7 +267,7 @@ def test_ctrl_c_on_papermill_ends_it_and_the_same_study_goes_on(project, run_her
     trials = trials_at(f"sqlite:///{project / DATABASE}")
     n_trials = sum(t.state in workers.FINISHED for t in trials) + 1
     assert n_trials > 2 and len(trials) <= n_trials
-    run_here(project, "tune", **dict(SMALL), n_trials=n_trials, space="small.yaml")
+    run_here(project, "tune", **SMALL, n_trials=n_trials, space="small.yaml")
     check_exact(trials_at(f"sqlite:///{project / DATABASE}"), n_trials)
 
 
@@ -433,7 +467,7 @@ def test_a_study_whose_every_trial_diverges_stops_and_says_why(project, run_here
     shutil.rmtree(project / "reports", ignore_errors=True)
     (project / "wild.yaml").write_text("lr: [1.0e+9]\nd: [8]\nbatch_size: [4]\nseq_len: [8]\n")
     with pytest.raises(InputError, match="the last 3 trials gave no score; the last one: all 2 replicas diverged"):
-        run_here(project, "tune", **dict(SMALL), n_trials=2, space="wild.yaml")
+        run_here(project, "tune", **SMALL, n_trials=2, space="wild.yaml")
     assert not (project / "reports" / ".s.new").exists()
 
 
@@ -450,7 +484,7 @@ def test_shapes_that_do_not_fit_into_memory_fail_with_the_shape_and_the_study_go
     shutil.rmtree(project / "reports", ignore_errors=True)
     (project / "large.yaml").write_text("d: [8]\nbatch_size: [4, 4194304]\nseq_len: [8]\n")
     with real_report(project):
-        shown = run_here(project, "tune", **dict(SMALL), n_trials=4, space="large.yaml")
+        shown = run_here(project, "tune", **SMALL, n_trials=4, space="large.yaml")
     trials = search.records(search.load_study("s"))
     failed = trials[trials["state"] == "fail"]
     assert (trials["state"] == "complete").sum() == 4 and len(failed) >= 1
