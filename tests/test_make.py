@@ -72,7 +72,7 @@ def test_it_says_what_it_will_do_runs_the_notebooks_in_order_and_ends_with_the_v
     monkeypatch.setattr(report, "load", lambda study: study)
     monkeypatch.setattr(report, "render", lambda facts, section: f"the {section} of {facts}")
     make.main(["--study", "mine", "--n-trials", "3", "--n-steps", "40"])
-    assert [sorted(names) for names in ran[:3]] == [["tune"], ["confirm"], ["explore", "reproduce"]]
+    assert [sorted(names) for names in ran[:3]] == [["explore", "tune"], ["confirm"], ["reproduce"]]
     assert ran[0]["tune"].items() >= {"study_name": "mine", "n_trials": 3, "n_steps": 40}.items()
     assert ran[1]["confirm"]["study_name"] == "mine"
     assert ran[2]["reproduce"].items() >= {"study_name": "mine-reproduce", "tested_by": "mine"}.items()

@@ -2,7 +2,8 @@
 
     python -m ctbprn_lib.report.make --help
 
-The sizes follow from the measured speed of the machine: a slower one gets shorter trainings, not a longer wait.
+The sizes follow from the measured speed of the machine: a slower one gets shorter trainings and fewer seeds, not a
+longer wait.
 """
 
 import argparse
@@ -24,18 +25,19 @@ from ctbprn_lib.train import Budget, Hyperparameters, fit
 Parameters = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 4.6  # that the quick report is sized for
+AT_MOST = 7.5  # minutes of a quick report on a machine that is too slow for that: confirm then ends by its time
 NOTEBOOK_SECONDS = 20  # to start a notebook, and to draw and write what it has found
 STEPS = (250, 600)  # of a quick report's trainings: fewer would decide nothing, and more are not needed
 MARGIN = 1.25  # of the expected time: cores share their memory, and what confirm trains depends on what tune finds
-N_SEEDS = 8  # of each configuration of the quick report
+N_SEEDS = 8  # of each configuration of the quick report, at the most
 # Trainings of one configuration of quick.yaml with N_SEEDS seeds and n_steps steps that the quick report takes, about:
-# the search (half as many replicas, and pruned), and what confirm compares.
-TRAININGS = 15
+# the search (fewer replicas, and pruned), and what confirm compares.
+SEARCHED, CONFIRMED = 2, 13
 
 QUICK: dict[str, Parameters] = {
     "tune": {"n_trials": 8, "n_replicas": 2, "space": "notebooks/quick.yaml"},
     "confirm": {
-        "looks": "8",
+        "looks": "4,8",
         "n_test": 4096,
         "n_top": 1,
         "n_levels": 2,
@@ -45,12 +47,12 @@ QUICK: dict[str, Parameters] = {
     "reproduce": {
         "n_seeds": 20,
         "n_fresh_seeds": 4,
-        "n_samples": 4096,
+        "n_samples": 2048,
         "n_spread_seeds": 4,
         "max_steps": 20,
         "n_curve_seeds": 2,
     },
-    "explore": {"n_steps": 100},
+    "explore": {"n_steps": 100, "d": 32, "n_replicas": 2},
 }
 FULL: dict[str, Parameters] = {
     "tune": {"n_trials": 100, "n_replicas": 8, "n_steps": 2000},
@@ -87,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.size == "quick":
         print(f"All of it takes about {_duration(expected_seconds(sizes, seconds, options.minutes))}.")
     (ROOT / "runs").mkdir(exist_ok=True)
-    for names in (["tune"], ["confirm"], ["explore", "reproduce"]):
+    for names in (["tune", "explore"], ["confirm"], ["reproduce"]):
         _run({name: sizes[name] for name in names})
     publish.publish_notebook(ROOT / "runs" / "reproduce.ipynb", reproduced)
     print(f"\nDone in {_duration(time.monotonic() - started)}.")
@@ -139,23 +141,29 @@ def plan(size: str, minutes: float, seconds: float) -> dict[str, Parameters]:
     step, as seconds_a_step measures them.
     """
     sizes = {name: dict(parameters) for name, parameters in (QUICK if size == "quick" else FULL).items()}
+    minutes_of_notebooks = NOTEBOOK_SECONDS * len(sizes) / 60
     if size == "quick":
-        n_workers = processes.count("auto", 0)
-        for_training = 60 * (minutes or MINUTES) - NOTEBOOK_SECONDS * len(sizes)
+        for_training = (minutes or MINUTES) - minutes_of_notebooks
         fewest, most = STEPS
-        n_steps = for_training * n_workers / (MARGIN * TRAININGS * N_SEEDS * seconds)
-        sizes["tune"]["n_steps"] = 50 * round(min(max(n_steps, fewest), most) / 50)
+        n_steps = for_training / _training_minutes(SEARCHED + CONFIRMED, 1, seconds)
+        n_steps = sizes["tune"]["n_steps"] = 50 * round(min(max(n_steps, fewest), most) / 50)
+        searching = _training_minutes(SEARCHED, n_steps, seconds)
+        sizes["confirm"]["minutes"] = round(max(0.1, AT_MOST - minutes_of_notebooks - searching), 2)
     if minutes:
-        left = max(0.1, minutes - NOTEBOOK_SECONDS * len(sizes) / 60)
+        left = max(0.1, minutes - minutes_of_notebooks)
         sizes["tune"]["minutes"], sizes["confirm"]["minutes"] = round(0.35 * left, 2), round(0.6 * left, 2)
     return sizes
 
 
 def expected_seconds(sizes: dict[str, Parameters], seconds: float, minutes: float = 0) -> float:
     """The time that a quick report takes, about; not more than the minutes, if they are limited."""
-    training = MARGIN * TRAININGS * N_SEEDS * sizes["tune"]["n_steps"] * seconds / processes.count("auto", 0)
-    expected = training + NOTEBOOK_SECONDS * len(sizes)
-    return min(expected, 60 * minutes) if minutes else expected
+    training = _training_minutes(SEARCHED + CONFIRMED, sizes["tune"]["n_steps"], seconds)
+    return 60 * min(training + NOTEBOOK_SECONDS * len(sizes) / 60, minutes or AT_MOST)
+
+
+def _training_minutes(n_trainings: int, n_steps: float, seconds: float) -> float:
+    """The minutes that so many trainings of a quick report take on all cores, about.  seconds: of one step."""
+    return MARGIN * n_trainings * N_SEEDS * n_steps * seconds / processes.count("auto", 0) / 60
 
 
 def _run(notebooks: dict[str, Parameters]) -> None:
@@ -178,7 +186,7 @@ def _run(notebooks: dict[str, Parameters]) -> None:
             f"runs/{name}.ipynb",
             *words,
         ]
-        one_thread = {"OMP_NUM_THREADS": "1"} if len(notebooks) > 1 else {}
+        one_thread = {"OMP_NUM_THREADS": "1"} if name == "explore" else {}  # it runs beside another
         log = ROOT / "runs" / f"{name}.log"
         with log.open("w") as file:
             process = subprocess.Popen(
