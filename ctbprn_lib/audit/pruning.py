@@ -19,10 +19,10 @@ from ctbprn_lib.train import Budget, Fit, Hyperparameters, Task, fit
 TRIALS = 10**6  # first spawn key of the seeds of these trials, which are no study's
 
 
-def draw_trials(n_trials: int, task: Task, seed: int = 0) -> list[Hyperparameters]:
-    """The hyperparameters of random trials of the default space."""
+def draw_trials(n_trials: int, task: Task, seed: int = 0, space: search.Space | None = None) -> list[Hyperparameters]:
+    """The hyperparameters of random trials of a space, by default of the default one."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    return [search.suggest(study.ask(), search.default_space(task)) for _ in range(n_trials)]
+    return [search.suggest(study.ask(), space or search.default_space(task)) for _ in range(n_trials)]
 
 
 def score_twice(
@@ -97,14 +97,16 @@ def agreement(scores: pd.DataFrame, n_orders: int = 100, seed: int = 0) -> dict[
     return {name: float(np.mean(values)) for name, values in shares.items()}
 
 
-def scoring_share(n_steps: int, n_trials: int = 12, n_replicas: int = 3, seed: int = 0) -> float:
-    """Measure the share of the time of random trials of the default space that goes into their scorings.
+def scoring_share(
+    n_trials: int, n_steps: int, n_replicas: int, space: search.Space | None = None, seed: int = 0
+) -> float:
+    """Measure the share of the time of random trials that goes into their scorings.
 
-    n_steps, n_replicas: of a trial. The trials are run to their end.
+    n_steps, n_replicas: of a trial. space: of the trials, by default the default one. The trials are run to their end.
     """
     task, budget = RoutingTask(), Budget(n_steps, n_replicas)
     training = total = 0.0
-    for number, hp in enumerate(draw_trials(n_trials, task, seed)):
+    for number, hp in enumerate(draw_trials(n_trials, task, seed, space)):
         started = time.perf_counter()
         result = fit(hp, task, budget, np.random.SeedSequence(seed, spawn_key=(TRIALS, number)))
         total += time.perf_counter() - started
