@@ -283,8 +283,7 @@ class CTBPRN(nn.Module):
     def replica(self, r: int) -> "CTBPRN":
         """Replica r as a network of its own (R = 1)."""
         alone = CTBPRN(**self.config | {"n_replicas": 1}, seed=None)
-        for ours, theirs in zip(alone.state_dict().values(), self.state_dict().values(), strict=True):
-            ours.copy_(theirs[r : r + 1])
+        alone.load_state_dict({name: values[r : r + 1] for name, values in self.state_dict().items()})
         return alone
 
     def save(self, path: str | Path) -> None:
@@ -413,13 +412,11 @@ def _network(config: dict[str, Any], state: Mapping[str, torch.Tensor]) -> CTBPR
     It is built on the device "meta", where tensors have no values, and then given those of state: a few bytes of
     configuration could ask for any amount of memory.
     """
-    finite = all(value.dtype == torch.float32 and value.isfinite().all() for value in state.values())
-    if (
-        set(config) != set(CONFIG)
-        or config["n_layers"] > len(state)
-        or not finite
-        or not (state["temperature"] > 0).all()
-    ):
+    if set(config) != set(CONFIG) or config["n_layers"] > len(state):
+        raise ValueError
+    if not all(value.dtype == torch.float32 and value.isfinite().all() for value in state.values()):
+        raise ValueError
+    if not (state["temperature"] > 0).all():
         raise ValueError
     with torch.device("meta"):
         network = CTBPRN(**config, seed=None)

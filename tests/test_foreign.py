@@ -418,6 +418,6 @@ def test_labels_that_pandas_made_objects_of_say_how_to_save_them(tmp_path):
 
 
 def test_a_name_of_digits_says_how_papermill_takes_it():
-    namespace = {"__annotations__": {"study_name": str}, "study_name": 2024}
+    namespace = {"In": ["study_name: str = 'flagship'"], "study_name": 2024}
     with pytest.raises(InputError, match=r"study_name must be text, .*: write -r study_name 2024"):
         parameters.check(namespace)

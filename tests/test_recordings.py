@@ -165,7 +165,7 @@ def test_a_group_is_never_on_two_sides(sizes, seed, fixed):
     y = rng.integers(0, 3, len(groups))
     split = np.where(np.isin(groups, [0]), "test", "train") if fixed else None
 
-    made = checks.completed_split(split, y, checks.group_names(groups, len(groups)))
+    made = checks.completed_split(split, y, groups)
     assert set(made) == {"train", "validation", "test"}
     assert all(len(set(made[groups == group])) == 1 for group in set(groups))
     assert not fixed or set(groups[made == "test"]) == {0}
