@@ -21,24 +21,7 @@ RUNS = [
     confirm.Run(f"rate {n}", Hyperparameters(lr=n * 1e-3, d=4, rank=2, batch_size=4, seq_len=8), 40)
     for n in range(1, 17)
 ]
-
-
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    """The database of a study "s" with three finished trials."""
-    path = tmp_path_factory.mktemp("tuned") / "study.db"
-    asked = question(4)
-    search.run_trials(search.open_study("s", f"sqlite:///{path}", pruner="none", **asked), 3, **asked)
-    return path
-
-
-@pytest.fixture
-def study(tuned, reports):
-    """A copy of that study in the usual place."""
-    folder = reports / "s" / "optuna_studies"
-    folder.mkdir(parents=True)
-    shutil.copy(tuned, folder / "ctbprn_study.db")
-    return search.load_study("s")
+TUNED = ("s", 3, question(4))
 
 
 def confirmation(study, **how):
