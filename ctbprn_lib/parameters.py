@@ -52,7 +52,7 @@ def check(namespace: Mapping[str, Any]) -> None:
     name is nearest.
     """
     kinds = _kinds(namespace)
-    injected = [cell for cell in namespace["In"] if cell.startswith(INJECTED)]
+    injected = [cell for cell in namespace.get("In", ()) if cell.startswith(INJECTED)]
     _check_injected("".join(injected[-1:]), kinds)
     for name, kind in kinds.items():
         if name not in namespace:
@@ -108,7 +108,12 @@ def _check_value(name: str, value: Any, kind: type) -> None:
 
 
 def _kinds(namespace: Mapping[str, Any]) -> dict[str, type]:
-    """{name: kind} of the parameters: the annotated names in the cells that have run (Python 3.14 collects none)."""
+    """{name: kind} of the parameters, from the annotations of the parameters cell.
+
+    Python 3.14 no longer collects annotations, so there they are read from the text of the cells that have run.
+    """
+    if "__annotations__" in namespace:
+        return {name: kind for name, kind in namespace["__annotations__"].items() if kind in KINDS}
     by_name, kinds = {kind.__name__: kind for kind in KINDS}, {}
     for cell in namespace["In"]:
         with contextlib.suppress(SyntaxError, ValueError):  # a cell with a magic is no Python

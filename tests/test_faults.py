@@ -29,7 +29,6 @@ from papermill.exceptions import PapermillExecutionError
 
 from ctbprn_lib import InputError, search, storage, tasks, workers
 from ctbprn_lib.report import publish
-from ctbprn_lib.train import fit
 
 SMALL = [("n_steps", 4), ("n_replicas", 2), ("study_name", "s"), ("pruner", "none")]
 DATABASE = "reports/s/optuna_studies/ctbprn_study.db"
@@ -457,17 +456,3 @@ def test_shapes_that_do_not_fit_into_memory_fail_with_the_shape_and_the_study_go
     assert failed["failure"].str.contains(r"out of memory at .*batch_size=4194304").all()
     assert failed[["val_ce", "val_accuracy"]].isna().all(axis=None)
     assert any("failed: out of memory at" in text.data for text in shown if text)
-
-
-def test_a_trial_tried_again_has_the_score_that_it_would_have_had(crew, tmp_path):
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    pid = crew.hire(url, 1, n_steps=300)
-    until(lambda: [t for t in trials_at(url) if t.intermediate_values])
-    crew.kill(pid)
-    assert crew.wait(crew.hire(url, 1, n_steps=300)) == [0], crew.new_output()
-    lost, again = trials_at(url)
-    assert (lost.state, again.state) == (TrialState.FAIL, TrialState.COMPLETE) and lost.params == again.params
-    asked, seeds = question(300), np.random.SeedSequence(0, spawn_key=(search.TUNING, 0))
-    hp = search.Hyperparameters(**{name: lost.params[name] for name in asked["space"]})
-    alone = fit(hp, asked["task"], asked["budget"], seeds, "cpu")
-    assert again.value == pytest.approx(search.scores(alone)["val_ce"], abs=1e-6)

@@ -388,16 +388,13 @@ def test_numbers_of_yaml_without_a_point_are_numbers(tmp_path, small_task):
     (tmp_path / "s.yaml").write_text("lr: {low: 1e-4, high: 1E-2, log: true}\ntemperature: [5e-1, 2]\n")
     space = search.load_space(tmp_path / "s.yaml", small_task)
     assert space["lr"]["low"] == 1e-4 and space["lr"]["high"] == 1e-2 and space["temperature"] == [0.5, 2]
-    (tmp_path / "s.yaml").write_text("d: ['64']\n")
-    with pytest.raises(InputError, match="d must be a whole number above 0, got '64'"):
-        search.load_space(tmp_path / "s.yaml", small_task)
 
 
 def test_files_that_are_not_there_say_where_they_were_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=rf"mine.npz: there is no such file in {tmp_path}, where relative paths begin"):
         tasks.load_task("mine.npz")
-    with pytest.raises(InputError, match=rf"uea:Mine: expected .* a relative folder is looked for in {tmp_path}"):
+    with pytest.raises(InputError, match=rf"uea:Mine: expected BasicMotions, .* folder is looked for in {tmp_path}"):
         tasks.load_task("uea:Mine")
     (tmp_path / "Mine").mkdir()
     monkeypatch.chdir(tmp_path / "Mine")
@@ -418,6 +415,6 @@ def test_labels_that_pandas_made_objects_of_say_how_to_save_them(tmp_path):
 
 
 def test_a_name_of_digits_says_how_papermill_takes_it():
-    namespace = {"In": ["study_name: str = 'flagship'"], "study_name": 2024}
+    namespace = {"__annotations__": {"study_name": str}, "study_name": 2024}
     with pytest.raises(InputError, match=r"study_name must be text, .*: write -r study_name 2024"):
         parameters.check(namespace)

@@ -213,8 +213,9 @@ def test_a_wrong_parameter_is_named_with_what_it_may_be(name, value, said):
         parameters.check(namespace(**{name: value}))
 
 
-def test_parameters_are_found_among_cells_that_are_no_python():
+def test_parameters_are_found_where_python_does_not_collect_annotations():
     scope = namespace(n_trials=7)
+    scope.pop("__annotations__", None)  # as in Python 3.14
     scope["In"][:0] = ["%matplotlib inline", "import time"]
     parameters.check(scope)
     with pytest.raises(InputError, match="n_trials must be a whole number of at least 1, got 0"):

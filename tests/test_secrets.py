@@ -47,9 +47,9 @@ NOBODY = "127.0.0.1:9"  # the discard port, which nothing answers
 )
 def test_a_password_is_refused_as_a_parameter_and_told_to_nobody_from_the_environment(reports, monkeypatch, url):
     monkeypatch.setattr(storage, "PATIENCE", 0)
-    told = []
-    with pytest.raises(InputError, match="storage "):
+    with pytest.raises(InputError, match="storage ") as error:
         storage.storage_url("s", url)
+    told = traceback.format_exception(error.value)
     monkeypatch.setenv("CTBPRN_STORAGE", url)
     for open_it in (lambda: search.load_study("s"), lambda: storage.connect(storage.storage_url("s"))):
         with pytest.raises(InputError) as error:
