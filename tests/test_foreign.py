@@ -75,23 +75,15 @@ def test_another_kind_of_the_same_parameter_which_optuna_cannot_hold_is_named(re
 
 
 def test_what_is_enqueued_outside_the_space_is_named_and_stops_no_worker(reports):
-    outside = [  # more than a worker would take of its own
-        ({"d": 128}, "d = 128 lies outside the space"),
-        ({"d": 8.0}, "d = 8.0 lies outside the space"),
-        ({"d": "8"}, "d = '8' lies outside the space"),
-        ({"lr": 0.5}, "lr = 0.5 lies outside the space"),
-        ({"lr": float("nan")}, "lr = nan lies outside the space"),
-        ({"lr": True}, "lr = True lies outside the space"),
-        ({"placebo": 2}, "placebo = 2 lies outside the space"),
-        ({"n_layers": 2}, "n_layers is not searched"),
-    ]
+    values = [("d", 128), ("d", 8.0), ("d", "8"), ("lr", 0.5), ("lr", float("nan")), ("lr", True), ("placebo", 2)]
+    reasons = [f"{name} = {value!r} lies outside the space" for name, value in values]
     study, asked = begun(1)
-    for params, _ in outside:
-        outsider().enqueue_trial(params)
+    for name, value in (*values, ("n_layers", 2)):  # more than a worker would take of its own
+        outsider().enqueue_trial({name: value})
     search.run_trials(study, 2, **asked, device="cpu")
     assert [t.number for t in study.trials] == [0, 9]
     shown = report.render(report.load("s"), "all_trials")
-    for number, (_, reason) in enumerate(outside, 1):
+    for number, reason in enumerate((*reasons, "n_layers is not searched"), 1):
         assert f"trial {number} (fail: {text.outside(reason)})" in shown
 
 

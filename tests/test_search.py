@@ -157,11 +157,7 @@ def test_a_space_from_yaml_replaces_what_it_names(tmp_path, small_task):
         ("lr: {low: 1, high: 0.1}", "low must be below high"),
         ("lr: {low: 0.1}", "a range has low, high"),
         ("lr: {low: 0.1, high: 1, log: 'yes'}", "log must be true or false"),
-        ("lr: {low: 0.1, high: .inf}", "out of reach"),
-        ("seq_len: [4, 9]", "the task has 8 tokens"),
         ("[1, 2]", "expected hyperparameters"),
-        ("d: [", "not a readable YAML"),
-        ("d: !!python/object/apply:os.system [echo]", "not a readable YAML"),
     ],
 )
 def test_a_bad_space_is_refused_with_file_field_and_expectation(tmp_path, small_task, text, message):
