@@ -47,12 +47,13 @@ def read(
     do not fit the training.
     Returns whether a checkpoint was used. The reason why one was not used is logged.
     """
-    for file in (Path(path), previous(path)):
-        if not file.exists():
-            continue
+    for file in filter(Path.exists, (Path(path), previous(path))):
         try:
-            tensors, progress = _content(file, identity)
-            use(tensors, progress)
+            tensors, text = files.tensors(file)
+            record = json.loads(text)
+            if record["of"] != json.loads(json.dumps(identity)):
+                raise InputError("it is of another training")
+            use(tensors, record["about"])
             return True
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             reason = str(error).removeprefix(f"{file}: ")
@@ -62,20 +63,10 @@ def read(
 
 def remove(path: str | Path) -> None:
     """Remove the checkpoints of a training that is done."""
-    for file in (Path(path), previous(path)):
-        if file.exists():  # in a folder that is read-only even a missing file cannot be removed
-            file.unlink()
+    for file in filter(Path.exists, (Path(path), previous(path))):  # in a read-only folder no other can be removed
+        file.unlink()
 
 
 def previous(path: str | Path) -> Path:
     """The path of the checkpoint that was written before the one at path."""
     return Path(path).with_suffix(".before")
-
-
-def _content(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and the progress in a checkpoint.  Raises InputError if it belongs to another training."""
-    tensors, text = files.tensors(path)
-    record = json.loads(text)
-    if record["of"] != json.loads(json.dumps(identity)):
-        raise InputError("it is of another training")
-    return tensors, record["about"]

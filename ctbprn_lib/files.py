@@ -135,12 +135,11 @@ def ts(path: str | Path) -> tuple[list[np.ndarray], list[str]]:
     file = _file(path)
     with _reading(path, "a readable .ts file"):
         lines = file.read_text(encoding="utf-8-sig").split("\n")
-    header, start = _ts_header(path, lines)
+    declared, start = _ts_header(path, lines)
 
     def refuse(n: int, text: str) -> NoReturn:
         raise InputError(f"{path}: line {n}: {text}")
 
-    declared = header["classlabel"][1:]
     series: list[np.ndarray] = []
     labels: list[str] = []
     for n, line in enumerate(lines[start:], start + 1):
@@ -167,38 +166,36 @@ def ts(path: str | Path) -> tuple[list[np.ndarray], list[str]]:
     return series, labels
 
 
-def _ts_header(path: str | Path, lines: Sequence[str]) -> tuple[dict[str, list[str]], int]:
-    """({key in small letters: the words behind it}, number of the first line of data) of a .ts file."""
+def _ts_header(path: str | Path, lines: Sequence[str]) -> tuple[list[str], int]:
+    """(names of the classes, number of the first line of data) of a .ts file."""
     header: dict[str, list[str]] = {}
-    for n, line in enumerate(lines):
+    key = ""
+    for start, line in enumerate(lines, 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
-        if not words[0].startswith("@"):
+        key = words[0].lower()
+        if key == "@data" or not key.startswith("@"):
             break
-        key = words[0].lower().removeprefix("@")
-        if key == "data":
-            return _checked_ts_header(path, header), n + 1
         if key in header:
-            raise InputError(f"{path}: line {n + 1}: @{key} stands there twice")
+            raise InputError(f"{path}: line {start}: {key} stands there twice")
         header[key] = words[1:]
-    raise InputError(f"{path}: not a readable .ts file: expected lines that begin with @, the last of them @data")
-
-
-def _checked_ts_header(path: str | Path, header: dict[str, list[str]]) -> dict[str, list[str]]:
-    yes = {}
-    for key in ("timestamps", "targetlabel", "classlabel"):
-        words = header.get(key) or ["false"]
-        yes[key] = words[0].lower()
-        if yes[key] not in ("true", "false") or (len(words) > 1 and key == "timestamps"):
-            raise InputError(f"{path}: not a readable .ts file: @{key} must be true or false, got {' '.join(words)!r}")
-    if yes["timestamps"] == "true":
+    if key != "@data":
+        raise InputError(f"{path}: not a readable .ts file: expected lines that begin with @, the last of them @data")
+    answers = []
+    for key in ("@timestamps", "@targetlabel", "@classlabel"):
+        answer, *names = header.get(key) or ["false"]
+        answers.append(answer.lower())
+        if answers[-1] not in ("true", "false") or (names and key == "@timestamps"):
+            text = " ".join([answer, *names])
+            raise InputError(f"{path}: not a readable .ts file: {key} must be true or false, got {text!r}")
+    if answers[0] == "true":
         raise InputError(f"{path}: it has time stamps (@timeStamps true), which are not read; write the values alone")
-    if yes["targetlabel"] == "true":
+    if answers[1] == "true":
         raise InputError(f"{path}: it is a regression problem (@targetLabel true); expected classes (@classLabel true)")
-    if yes["classlabel"] == "false" or len(header["classlabel"]) < 2:
+    if answers[2] == "false" or not names:
         raise InputError(f"{path}: expected a line '@classLabel true' with the names of the classes")
-    return header
+    return names, start
 
 
 def _ts_value(cell: str) -> float:

@@ -79,19 +79,15 @@ class Layer(nn.Module):
 
     def __init__(self, R: int, K: int, d: int, r: int) -> None:
         super().__init__()
-        for name, shape in self.shapes(R, K, d, r).items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-
-    @staticmethod
-    def shapes(R: int, K: int, d: int, r: int) -> dict[str, tuple[int, ...]]:
-        """{parameter: shape}."""
-        return {
+        shapes = {
             "W_b": (R, K, d, d), "W_a": (R, K, d, d), "W_g": (R, K, d, 2 * d), "beta": (R, K, d),
             "W_m1": (R, K, d, d), "W_m2": (R, K, d, d), "norm_gain": (R, K, d), "norm_bias": (R, K, d),
             "U": (R, K, d, r), "V": (R, K, d, r), "P": (R, d, d), "p": (R, d),
             "ctrl_gain": (R, K * d), "ctrl_bias": (R, K * d),
             "H1": (R, 2 * d, K * d), "b1": (R, 2 * d), "H2": (R, K, 2 * d), "b2": (R, K),
         }  # fmt: skip
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
 
     @torch.no_grad()
     def draw_initial_values(self, r: int) -> None:
@@ -190,21 +186,23 @@ class CTBPRN(nn.Module):
         seed: int | Sequence[int] | None = 0,
     ) -> None:
         super().__init__()
-        values = (n_features, d, rank, n_areas, n_layers, n_classes, n_replicas, bool(stem))
+        values = (n_features, d, rank, n_areas, n_layers, n_classes, n_replicas, stem)
         self.config: dict[str, Any] = dict(zip(CONFIG, values, strict=True))
         for name, value in self.config.items():
-            if not isinstance(value, int) or value < (name != "stem"):
+            if type(value) is not (bool if name == "stem" else int) or value < (name != "stem"):
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
         if not stem and n_features != d:
             raise InputError(f"without a stem n_features must equal d, got n_features {n_features} and d {d}")
         R, K = n_replicas, n_areas
-        tau = torch.as_tensor(temperature, dtype=torch.float32).expand(R).clone()
+        tau = torch.as_tensor(temperature, dtype=torch.float32, device="cpu")
         if not (tau > 0).all():
             raise InputError(f"temperature must be above 0, got {temperature}")
-        self.register_buffer("temperature", tau)
-        for name, shape in _shapes(**self.config).items():
-            if "." not in name and name != "temperature":
-                self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        self.register_buffer("temperature", torch.empty(R).copy_(tau))
+        shapes = {"stem_weight": (R, K, d, n_features), "stem_bias": (R, K, d)} if stem else {}
+        shapes |= {"head_gain": (R, K * d), "head_bias": (R, K * d)}
+        shapes |= {"head_weight": (R, n_classes, K * d), "head_c": (R, n_classes)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         self.without = ""
         self.layers: Any = nn.ModuleList(Layer(R, K, d, rank) for _ in range(n_layers))
         if seed is None:
@@ -285,8 +283,7 @@ class CTBPRN(nn.Module):
     def replica(self, r: int) -> "CTBPRN":
         """Replica r as a network of its own (R = 1)."""
         alone = CTBPRN(**self.config | {"n_replicas": 1}, seed=None)
-        for ours, theirs in zip(alone.state_dict().values(), self.state_dict().values(), strict=True):
-            ours.copy_(theirs[r : r + 1])
+        alone.load_state_dict({name: values[r : r + 1] for name, values in self.state_dict().items()})
         return alone
 
     def save(self, path: str | Path) -> None:
@@ -297,24 +294,7 @@ class CTBPRN(nn.Module):
     @classmethod
     def load(cls, path: str | Path) -> "CTBPRN":
         """Read a network that save, or a Classifier, wrote.  Raises InputError: the file and what is wrong with it."""
-        state, config = files.tensors(path)
-        return cls._of(path, {k: v for k, v in state.items() if k not in Classifier.TENSORS}, config)
-
-    @classmethod
-    def _of(cls, path: str | Path, state: dict[str, torch.Tensor], text: str) -> "CTBPRN":
-        """The network of a file with this state and this text, which is its configuration as JSON."""
-        try:  # compared before anything is built: a few bytes of configuration could ask for any amount of memory
-            config = {name: value for name, value in json.loads(text).items() if name != "classifier"}
-            model = cls(**config, seed=None) if _fits(state, config) else None
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            model = None
-        if model is None:
-            raise InputError(
-                f"{path}: the configuration does not fit the weights; expected {', '.join(CONFIG)}, weights of the "
-                "shapes that follow from them, which are finite float32 numbers, and temperature above 0"
-            )
-        model.load_state_dict(state)
-        return model
+        return _read(path)[0]
 
 
 class Classifier:
@@ -383,13 +363,12 @@ class Classifier:
     @classmethod
     def load(cls, path: str | Path) -> "Classifier":
         """Read a classifier that save wrote.  Raises InputError: the file and what is wrong with it."""
-        state, text = files.tensors(path)
-        network = CTBPRN._of(path, {k: v for k, v in state.items() if k not in cls.TENSORS}, text)
-        about, K, F = json.loads(text).get("classifier"), network.config["n_areas"], network.config["n_features"]
+        network, arrays, about = _read(path)
+        K, F = network.config["n_areas"], network.config["n_features"]
         if about is None:
             raise InputError(f"{path}: a network without what a classifier needs; CTBPRN.load reads it")
         try:
-            center, scale = (state[name].numpy() for name in cls.TENSORS)
+            center, scale = (arrays[name].numpy() for name in cls.TENSORS)
             columns = about["columns"] and tuple(tuple(map(int, features)) for features in about["columns"])
             flat = sorted(f for features in columns or () for f in features)
             labels, kind, seq_len, area_names = (about[name] for name in ("classes", "kind", "seq_len", "area_names"))
@@ -412,24 +391,34 @@ class Classifier:
         return cls(network, Preparation(columns or None, center, scale), classes, area_names, seq_len)
 
 
-def _fits(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> bool:
-    """Whether state holds what a network of this configuration holds."""
-    types = {name: bool if name == "stem" else int for name in CONFIG}
-    if {name: type(value) for name, value in config.items()} != types or not 0 < config["n_layers"] <= len(state):
-        return False
-    if {name: tuple(value.shape) for name, value in state.items()} != _shapes(**config):
-        return False
-    finite = all(value.dtype == torch.float32 and value.isfinite().all() for value in state.values())
-    return finite and bool((state["temperature"] > 0).all())
+def _read(path: str | Path) -> tuple[CTBPRN, dict[str, torch.Tensor], Any]:
+    """The network in a file, and what a Classifier wrote beside it: its arrays and its entry in the configuration."""
+    state, text = files.tensors(path)
+    arrays = {name: state.pop(name) for name in Classifier.TENSORS if name in state}
+    try:
+        config = json.loads(text)
+        about = config.pop("classifier", None)
+        return _network(config, state), arrays, about
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError):
+        raise InputError(
+            f"{path}: the configuration does not fit the weights; expected {', '.join(CONFIG)}, weights of the "
+            "shapes that follow from them, which are finite float32 numbers, and temperature above 0"
+        ) from None
 
 
-def _shapes(
-    n_features: int, d: int, rank: int, n_areas: int, n_layers: int, n_classes: int, n_replicas: int, stem: bool
-) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of everything in the state of a network with this configuration."""
-    R, K = n_replicas, n_areas
-    shapes = {"stem_weight": (R, K, d, n_features), "stem_bias": (R, K, d)} if stem else {}
-    shapes |= {"head_gain": (R, K * d), "head_bias": (R, K * d), "head_weight": (R, n_classes, K * d)}
-    shapes |= {"head_c": (R, n_classes), "temperature": (R,)}
-    layer = Layer.shapes(R, K, d, rank)
-    return shapes | {f"layers.{i}.{name}": shape for i in range(n_layers) for name, shape in layer.items()}
+def _network(config: dict[str, Any], state: Mapping[str, torch.Tensor]) -> CTBPRN:
+    """The network of this configuration with the values of state.  Raises some error where they do not fit.
+
+    It is built on the device "meta", where tensors have no values, and then given those of state: a few bytes of
+    configuration could ask for any amount of memory.
+    """
+    if set(config) != set(CONFIG) or config["n_layers"] > len(state):
+        raise ValueError
+    if not all(value.dtype == torch.float32 and value.isfinite().all() for value in state.values()):
+        raise ValueError
+    if not (state["temperature"] > 0).all():
+        raise ValueError
+    with torch.device("meta"):
+        network = CTBPRN(**config, seed=None)
+    network.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+    return network

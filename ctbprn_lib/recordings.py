@@ -39,11 +39,6 @@ class Preparation(NamedTuple):
     scale: np.ndarray
 
     @classmethod
-    def unchanged(cls, n_areas: int, n_features: int) -> "Preparation":
-        """For recordings (N,K,T,F) that a network sees as they are."""
-        return cls(None, np.zeros((n_areas, n_features)), np.ones((n_areas, n_features)))
-
-    @classmethod
     def of(cls, x: np.ndarray, mask: np.ndarray, columns: Columns) -> "Preparation":
         """Learn center and scale (mean and standard deviation) from the tokens of x that mask (N,T) says exist.
 
@@ -176,15 +171,15 @@ def _names(values: np.ndarray, field: str) -> tuple[str, ...]:
     return names
 
 
-def group_names(groups: np.ndarray, n_samples: int) -> np.ndarray:
-    """(N,) group names as text."""
-    if groups.shape != (n_samples,):
-        raise InputError(f"groups must be ({n_samples},), the group of each sample, got shape {groups.shape}")
-    return np.array(_names(groups, "groups"))
-
-
-def completed_split(split: Sequence | np.ndarray | None, y: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+def completed_split(
+    split: Sequence | np.ndarray | None, y: np.ndarray, groups: Sequence | np.ndarray | None
+) -> np.ndarray:
     """(N,) of split names, completed by a draw, stratified by class, that depends on labels and groups alone."""
+    if groups is not None:
+        groups = np.asarray(groups)
+        if groups.shape != y.shape:
+            raise InputError(f"groups must be ({len(y)},), the group of each sample, got shape {groups.shape}")
+        groups = np.array(_names(groups, "groups"))
     if split is None:
         split = np.full(len(y), "train", dtype="U10")
         plan = {"validation": 0.2, "test": 0.2}
@@ -287,12 +282,3 @@ def count_copies(x: np.ndarray, mask: np.ndarray, split: np.ndarray, grouped: bo
                 "give groups (what samples have in common), which are kept on one side"
             )
     return counts
-
-
-def standardised(
-    x: np.ndarray, mask: np.ndarray, split: np.ndarray, columns: Columns
-) -> tuple[Preparation, np.ndarray]:
-    """The preparation that the training samples need, and all samples (N,K,T,F) prepared with it."""
-    train = split == "train"
-    preparation = Preparation.of(x[train], mask[train], columns)
-    return preparation, preparation.apply(x, mask)

@@ -84,7 +84,8 @@ class RoutingTask:
         self.area_names = tuple(f"area {k + 1}" for k in range(n_areas))
         sizes = dict(n_areas=n_areas, n_features=n_features, n_tokens=n_tokens)
         self.description: dict[str, Any] = dict(task="routing", **sizes, signal=signal, noise=noise)
-        self.preparation = recordings.Preparation.unchanged(n_areas, n_features)
+        shape = (n_areas, n_features)
+        self.preparation = recordings.Preparation(None, center=np.zeros(shape), scale=np.ones(shape))
         self._kept: dict[tuple[str, int, str | torch.device], Batch] = {}
 
     def __getstate__(self) -> dict:
@@ -130,13 +131,13 @@ class RoutingTask:
                     self._kept[split, i, device] = batch
             yield batch.first_tokens(seq_len).samples(0, n_samples - i * CHUNK)
 
-    def baselines(self, n_samples: int | None = None) -> dict[str, float]:
+    def baselines(self) -> dict[str, float]:
         """Test accuracy of rules that are not learnt.
 
         The majority class; the sign of the sum over both areas; the ceiling: the area first, then its sign.
         """
         hits: dict[str, list[torch.Tensor]] = {"majority class": [], "linear rule": [], "ceiling": []}
-        for batch in self.fixed("test", n_samples):
+        for batch in self.fixed("test"):
             sums = batch.x[0, ..., : self.n_biased].sum(2)  # (B,K,q)
             found = sums.square().sum(-1).argmax(-1)
             sign_of_found = sums.sum(-1).gather(1, found[:, None])[:, 0] > 0
@@ -180,11 +181,12 @@ class ArrayTask:
             recordings.refuse_missing_values(x, mask, self.area_names, columns)
             self.classes, y = recordings.numbered_classes(y, x)
             self.class_names = tuple(str(label) for label in self.classes.tolist())
-            groups = None if groups is None else recordings.group_names(np.asarray(groups), len(x))
             split = recordings.completed_split(split, y, groups)
             recordings.refuse_missing_classes(y, split, self.class_names, groups is not None)
             copies = recordings.count_copies(x, mask, split, groups is not None)
-            self.preparation, x = recordings.standardised(x, mask, split, columns)
+            train = split == "train"
+            self.preparation = recordings.Preparation.of(x[train], mask[train], columns)
+            x = self.preparation.apply(x, mask)
 
         self.n_areas, self.n_tokens, self.n_features = x.shape[1:]
         self.n_classes, self.given = len(self.classes), given or source

@@ -43,6 +43,30 @@ def reports(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture(scope="module")
+def tuned(request, tmp_path_factory):
+    """The database of a study with finished trials, as TUNED in the tests' file says: name, trials, what it asks."""
+    from ctbprn_lib import search
+
+    name, n_trials, question = request.module.TUNED
+    path = tmp_path_factory.mktemp("tuned") / "study.db"
+    made = search.open_study(name, f"sqlite:///{path}", pruner="none", **question)
+    search.run_trials(made, n_trials, **question)
+    return path
+
+
+@pytest.fixture
+def study(request, tuned, reports):
+    """A copy of that study in the usual place."""
+    from ctbprn_lib import search
+
+    name = request.module.TUNED[0]
+    folder = reports / name / "optuna_studies"
+    folder.mkdir(parents=True)
+    shutil.copy(tuned, folder / "ctbprn_study.db")
+    return search.load_study(name)
+
+
 @pytest.fixture(scope="session")
 def small_task():
     """A routing task that trains in milliseconds."""

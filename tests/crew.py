@@ -118,15 +118,23 @@ def question(n_steps=100, space=SPACE):
                 budget=Budget(n_steps, 2, n_evals=2, n_validation=32, precision="fp32"))  # fmt: skip
 
 
-def _work(log, url, n_trials, n_steps, constants):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which may be off where tests run in the background
+def prepare(url, constants):
+    """Make this process what a user's process is: Ctrl-C ends it; the database and constants of the library are these.
+
+    Ctrl-C may be off where tests run in the background.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
+    os.environ["CTBPRN_STORAGE"] = url
+    for name, value in constants.items():
+        setattr(storage if hasattr(storage, name) else workers, name, value)
+
+
+def _work(log, url, n_trials, n_steps, constants):
+    prepare(url, constants)
     with log.open("a") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     os.chdir(log.parent)
-    for name, value in constants.items():
-        setattr(storage if hasattr(storage, name) else workers, name, value)
-    os.environ["CTBPRN_STORAGE"] = url
     storage.REPORTS = Path(hashlib.sha256(url.encode()).hexdigest()[:8]) / "reports"  # checkpoints lie beside it
     asked = question(n_steps)
     try:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from crew import FORKS
-from safetensors.torch import load_file, save_file
 
 from ctbprn_lib import checkpoint, files, search, train
 from ctbprn_lib.train import Budget, Hyperparameters, fit
@@ -94,31 +93,20 @@ def test_a_killed_process_leaves_a_checkpoint_that_another_goes_on_from(small_ta
     assert len(steps) <= 150 - 3 * 10
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 1
-    path.write_bytes(content)
-
-
 def hostile(change):
     """A file with a valid SHA-256, whose content somebody has changed."""
 
     def rewrite(path):
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        kept, tensors = json.loads(header["__metadata__"]["ctbprn"]), load_file(path)
+        tensors, text = files.tensors(path)
+        kept = json.loads(text)
         change(kept["about"], tensors)
-        text = json.dumps(kept)
-        save_file(tensors, path, metadata={"ctbprn": text, "sha256": files.digest(tensors, text)})
+        files.write_tensors(path, tensors, json.dumps(kept))
 
     return rewrite
 
 
 DAMAGES = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-50]),
-    "empty": lambda path: path.write_bytes(b""),
-    "a flipped bit": flip,
-    "a pickle": lambda path: torch.save({"a": 1}, path),
     "another shape": hostile(lambda about, tensors: tensors.update(head_c=torch.zeros(1))),
     "a missing tensor": hostile(lambda about, tensors: tensors.pop("taken")),
     "a generator that is none": hostile(lambda about, tensors: tensors["draws"].fill_(255)),
@@ -196,10 +184,8 @@ def test_a_trial_that_was_lost_goes_on_from_its_checkpoint(small_task, reports, 
     with pytest.raises(KeyboardInterrupt):
         search.run_trials(study, 2, **asked)
     monkeypatch.setattr(search, "scores", real)
-    assert [path.suffix for path in sorted((reports.parent / "runs" / "checkpoints").iterdir())] == [
-        ".before",
-        ".safetensors",
-    ]
+    folder = reports.parent / "runs" / "checkpoints"
+    assert sorted(path.suffix for path in folder.iterdir()) == [".before", ".safetensors"]
     steps.clear()
     search.run_trials(study, 2, **asked)
     assert len(steps) == 10 - 5
@@ -209,4 +195,4 @@ def test_a_trial_that_was_lost_goes_on_from_its_checkpoint(small_task, reports, 
     assert retried.values == pytest.approx(undisturbed.values, abs=1e-6)
     assert retried.intermediate_values == pytest.approx(undisturbed.intermediate_values, abs=1e-6)
     assert retried.user_attrs["curves"] == undisturbed.user_attrs["curves"]
-    assert list((reports.parent / "runs" / "checkpoints").iterdir()) == []
+    assert list(folder.iterdir()) == []

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -17,25 +16,8 @@ from ctbprn_lib.train import Budget, Hyperparameters, fit
 LOOKS = evidence.Schedule((3, 6), (0.5, 0.5))
 SMALL = {"lr": {"low": 1e-3, "high": 1e-2, "log": True}, "d": [4, 8], "rank": [2], "temperature": [1.0],
          "batch_size": [4], "seq_len": [4, 8]}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def database(small_task, tmp_path_factory):
-    """The database of a tuning study of four real, tiny trials."""
-    path = tmp_path_factory.mktemp("made") / "study.db"
-    question = dict(task=small_task, space=SMALL, budget=Budget(4, 2, n_evals=2, n_validation=64, precision="fp32"))
-    made = search.open_study("made", f"sqlite:///{path}", pruner="none", **question)
-    search.run_trials(made, 4, **question)
-    return path
-
-
-@pytest.fixture
-def study(database, reports):
-    """A copy of that study in the usual place."""
-    folder = reports / "made" / "optuna_studies"
-    folder.mkdir(parents=True)
-    shutil.copy(database, folder / "ctbprn_study.db")
-    return search.load_study("made")
+BUDGET = Budget(4, 2, n_evals=2, n_validation=64, precision="fp32")
+TUNED = ("made", 4, dict(task=tasks.RoutingTask(n_areas=2, n_features=8, n_tokens=8), space=SMALL, budget=BUDGET))
 
 
 @pytest.fixture

@@ -75,23 +75,15 @@ def test_another_kind_of_the_same_parameter_which_optuna_cannot_hold_is_named(re
 
 
 def test_what_is_enqueued_outside_the_space_is_named_and_stops_no_worker(reports):
-    outside = [  # more than a worker would take of its own
-        ({"d": 128}, "d = 128 lies outside the space"),
-        ({"d": 8.0}, "d = 8.0 lies outside the space"),
-        ({"d": "8"}, "d = '8' lies outside the space"),
-        ({"lr": 0.5}, "lr = 0.5 lies outside the space"),
-        ({"lr": float("nan")}, "lr = nan lies outside the space"),
-        ({"lr": True}, "lr = True lies outside the space"),
-        ({"placebo": 2}, "placebo = 2 lies outside the space"),
-        ({"n_layers": 2}, "n_layers is not searched"),
-    ]
+    values = [("d", 128), ("d", 8.0), ("d", "8"), ("lr", 0.5), ("lr", float("nan")), ("lr", True), ("placebo", 2)]
+    reasons = [f"{name} = {value!r} lies outside the space" for name, value in values]
     study, asked = begun(1)
-    for params, _ in outside:
-        outsider().enqueue_trial(params)
+    for name, value in (*values, ("n_layers", 2)):  # more than a worker would take of its own
+        outsider().enqueue_trial({name: value})
     search.run_trials(study, 2, **asked, device="cpu")
     assert [t.number for t in study.trials] == [0, 9]
     shown = report.render(report.load("s"), "all_trials")
-    for number, (_, reason) in enumerate(outside, 1):
+    for number, reason in enumerate((*reasons, "n_layers is not searched"), 1):
         assert f"trial {number} (fail: {text.outside(reason)})" in shown
 
 
@@ -388,16 +380,13 @@ def test_numbers_of_yaml_without_a_point_are_numbers(tmp_path, small_task):
     (tmp_path / "s.yaml").write_text("lr: {low: 1e-4, high: 1E-2, log: true}\ntemperature: [5e-1, 2]\n")
     space = search.load_space(tmp_path / "s.yaml", small_task)
     assert space["lr"]["low"] == 1e-4 and space["lr"]["high"] == 1e-2 and space["temperature"] == [0.5, 2]
-    (tmp_path / "s.yaml").write_text("d: ['64']\n")
-    with pytest.raises(InputError, match="d must be a whole number above 0, got '64'"):
-        search.load_space(tmp_path / "s.yaml", small_task)
 
 
 def test_files_that_are_not_there_say_where_they_were_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=rf"mine.npz: there is no such file in {tmp_path}, where relative paths begin"):
         tasks.load_task("mine.npz")
-    with pytest.raises(InputError, match=rf"uea:Mine: expected .* a relative folder is looked for in {tmp_path}"):
+    with pytest.raises(InputError, match=rf"uea:Mine: expected BasicMotions, .* folder is looked for in {tmp_path}"):
         tasks.load_task("uea:Mine")
     (tmp_path / "Mine").mkdir()
     monkeypatch.chdir(tmp_path / "Mine")

@@ -180,52 +180,41 @@ def unusual():
     x, big = plain()["x"], np.zeros((30, 4, 3))
     far, split = 1e-9 * x, np.repeat(["train", "validation", "test"], 10)
     far[-6:] = 3e38
-    for x_npy in (
-        header("(1000000000000,)"),
-        header("(4294967296, 4294967296, 1)"),
-        header("(-1, 4, 3)"),
-        header("(30, 4, 3)", data=b"short"),
-        header("(" * 500),
-        header("-" * 9000 + "1"),
-        header("(30L, 4L, 3L)", "'<f8'"),
-        header("(9" + "9" * 5000 + ",)"),
-        header("(3,)", "'<U1000000000'", b"a"),
-        header("()", "[('a', '<f4'), ('b', 'O')]"),
-    ):
-        yield {"x": x_npy}, "x.npy: not a plain array"
+    huge = ("(1000000000000,)", "(4294967296, 4294967296, 1)", "(9" + "9" * 5000 + ",)")
+    for shape in (*huge, "(-1, 4, 3)", "(" * 500, "-" * 9000 + "1"):
+        yield {"x": header(shape)}, "x.npy: not a plain array"
+    yield {"x": header("(30, 4, 3)", data=b"short")}, "x.npy: not a plain array"
+    for shape, descr in (("(30L, 4L, 3L)", "'<f8'"), ("(3,)", "'<U1000000000'"), ("()", "[('a', '<f4'), ('b', 'O')]")):
+        yield {"x": header(shape, descr, b"a")}, "x.npy: not a plain array"
     for shape in ("(30, 0, 3)", "(30, 4, 0)", "(0, 4, 3)"):
         yield {"x": header(shape)}, "x is empty"
     yield {"x": header("(30,4,3)", "'>f2'", b"\x7e" * 720)}, "missing or infinite"
     yield {"y": header("(1000000000000,)", "'<U0'")}, "y"
-    yield {"y": header("(1000000000000,)", "'|V0'")}, "y must be"
-    yield {"areas": header("(1000000000000,)", "'|V0'")}, "areas must name"
-    yield {"x": np.zeros((30, 2, 4, 3)), "areas": header("(1000000000000,)", "'|V0'")}, "areas must name the 2 areas"
-    yield {"x": np.zeros((30, 2, 4, 3)), "areas": np.array("a")}, "areas must name the 2 areas"
-    yield {"split": header("(1000000000000,)", "'|V0'")}, "split must be"
-    yield {"lengths": header("(1000000000000,)", "'|V0'")}, "lengths must be"
-    yield {"x": x > 0}, "x must hold numbers, got dtype bool"
-    yield {"x": x + 1j}, "x must hold numbers"
-    yield {"x": x.astype("U8")}, "x must hold numbers"
-    yield {"x": x.astype("datetime64[s]")}, "x must hold numbers"
+    no_bytes = header("(1000000000000,)", "'|V0'")
+    for name, said in (("y", "be"), ("areas", "name"), ("split", "be"), ("lengths", "be")):
+        yield {name: no_bytes}, f"{name} must {said}"
+    for areas in (no_bytes, np.array("a")):
+        yield {"x": np.zeros((30, 2, 4, 3)), "areas": areas}, "areas must name the 2 areas"
+    for other in (x > 0, x + 1j, x.astype("U8"), x.astype("datetime64[s]")):
+        yield {"x": other}, re.escape(f"x must hold numbers, got dtype {other.dtype}")
     yield {"x": x * np.nan}, "missing or infinite values"
     yield {"x": np.where(x > 0, 1.7e308, -1.7e308)}, "more than float64 can hold"
     yield {"x": x.astype(np.longdouble) * np.longdouble("1e4000")}, "missing or infinite values"
     yield {"x": far, "split": split}, "so far from the training samples"
-    yield {"x": x[0]}, r"x must be \(N,K,T,F\)"
-    yield {"x": x[:, 0]}, r"x must be \(N,K,T,F\)"
+    for flat in (x[0], x[:, 0]):
+        yield {"x": flat}, r"x must be \(N,K,T,F\)"
     yield {"y": np.arange(30.0)}, "y must hold whole numbers or strings"
     yield {"y": np.zeros((30, 1), int)}, "y must be"
     yield {"y": np.zeros(30, int)}, "single class"
     yield {"extra": x}, "expected the arrays x, y .* got .*extra"
     yield {"y": np.arange(30)}, "no sample is left"
-    yield {"y": header("(30,)", "'<U1'", b"\xff\xff\xff\x7f" * 15 + b"a\0\0\0" * 15)}, "y must hold .* no text"
-    yield {"y": header("(30,)", "'<U1'", b"\x00\xd8\0\0" * 15 + b"a\0\0\0" * 15)}, "y must hold .* no text"
+    for character in (b"\xff\xff\xff\x7f", b"\x00\xd8\0\0"):
+        yield {"y": header("(30,)", "'<U1'", character * 15 + b"a\0\0\0" * 15)}, "y must hold .* no text"
     yield {"y": np.array([b"\xff", b"a"] * 15)}, "y must hold .* no text"
     yield {"areas": np.array([np.nan, 1, 1])}, "areas must hold"
     yield {"areas": np.array(["a", "b"])}, "areas must name"
-    yield {"lengths": np.full(30, -1)}, "lengths must be"
-    yield {"lengths": np.full(30, 2**63, np.uint64)}, "lengths must be"
-    yield {"lengths": np.full(30, 2.0)}, "lengths must be"
+    for length in (-1, np.uint64(2**63), 2.0):
+        yield {"lengths": np.full(30, length)}, "lengths must be"
     yield {"split": np.full(30, "exam")}, "split must be"
     yield {"split": np.full(30, "train")}, "no sample is left for test"
     yield {"x": big[:, :, :1].repeat(9000, 2), "areas": np.minimum(np.arange(9000), 4500)}, "areas differ too much"
@@ -535,28 +524,19 @@ def signed(path, change=None, **config):
     return path
 
 
+LIES = [{"n_replicas": 10**9}, {"stem": "yes"}, {"stem": False}, {"seed": 1}, {"temperature": "x"}]
+LIES += [{"d": d} for d in (10**6, -8, 8.0, "8", True, 10**400)] + [{"n_layers": n} for n in (10**9, 0)]
+LIES += [{"text": text} for text in ("[" * 100_000, "not JSON", '["d"]', "9" * 5000, "null")]
+WRONG_TYPES = (torch.float64, torch.bfloat16, torch.float8_e4m3fn)
+
+
 @pytest.mark.parametrize(
     ("change", "config", "said"),
     [
-        *(
-            ({}, config, "does not fit")
-            for config in (
-                *({"d": d} for d in (10**6, -8, 8.0, "8", True, 10**400)),
-                *({"n_layers": n} for n in (10**9, 0)),
-                *({"text": text} for text in ("[" * 100_000, "not JSON", '["d"]', "9" * 5000, "null")),
-                {"n_replicas": 10**9},
-                {"stem": "yes"},
-                {"stem": False},
-                {"seed": 1},
-                {"temperature": "x"},
-            )
-        ),
-        ({"temperature": torch.zeros(1)}, {}, "temperature above 0"),
-        ({"temperature": torch.full((1,), -1.0)}, {}, "temperature above 0"),
+        *(({}, lie, "does not fit") for lie in LIES),
+        *(({"temperature": torch.full((1,), value)}, {}, "temperature above 0") for value in (0.0, -1.0)),
         ({"head_c": torch.full((1, 2), torch.nan)}, {}, "finite"),
-        ({"head_c": torch.zeros(1, 2, dtype=torch.float64)}, {}, "float32"),
-        ({"head_c": torch.zeros(1, 2, dtype=torch.bfloat16)}, {}, "float32"),
-        ({"head_c": torch.zeros(1, 2, dtype=torch.float8_e4m3fn)}, {}, "float32"),
+        *(({"head_c": torch.zeros(1, 2, dtype=dtype)}, {}, "float32") for dtype in WRONG_TYPES),
         ({"head_c": torch.zeros(1, 3)}, {}, "does not fit"),
         ({"another": torch.zeros(1)}, {}, "does not fit"),
         ({"layers.0.U": torch.zeros(1, 1, 100_000, 1)}, {"d": 100_000, "n_areas": 1, "rank": 1}, "does not fit"),

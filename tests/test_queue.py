@@ -10,35 +10,19 @@ import optuna
 import psutil
 import pytest
 import torch
-from crew import FORKS, question, until
+from crew import FORKS, prepare, question, until
 from optuna.trial import TrialState
+from torch.utils.flop_counter import FlopCounterMode
 
 from ctbprn_lib import InputError, confirm, evidence, processes, search, storage, workers
-from ctbprn_lib.train import Hyperparameters
+from ctbprn_lib.train import Budget, Hyperparameters, fit, multiply_adds, untrained
 
 N_KILLS = int(os.environ.get("CTBPRN_TEST_KILLS", "8"))  # more by hand: one takes seconds
 RUNS = [
     confirm.Run(f"rate {n}", Hyperparameters(lr=n * 1e-3, d=4, rank=2, batch_size=4, seq_len=8), 40)
     for n in range(1, 17)
 ]
-
-
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    """The database of a study "s" with three finished trials."""
-    path = tmp_path_factory.mktemp("tuned") / "study.db"
-    asked = question(4)
-    search.run_trials(search.open_study("s", f"sqlite:///{path}", pruner="none", **asked), 3, **asked)
-    return path
-
-
-@pytest.fixture
-def study(tuned, reports):
-    """A copy of that study in the usual place."""
-    folder = reports / "s" / "optuna_studies"
-    folder.mkdir(parents=True)
-    shutil.copy(tuned, folder / "ctbprn_study.db")
-    return search.load_study("s")
+TUNED = ("s", 3, question(4))
 
 
 def confirmation(study, **how):
@@ -67,12 +51,8 @@ def undisturbed(tuned, tmp_path_factory):
 
 def _confirm(reports, n_workers, constants, url=""):
     """What a process does that a person has started to confirm."""
-    os.environ["CTBPRN_STORAGE"] = url
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    torch.set_num_threads(1)
+    prepare(url, constants)
     storage.REPORTS = reports
-    for name, value in constants.items():
-        setattr(storage if hasattr(storage, name) else workers, name, value)
     confirmation(search.load_study("s"), n_workers=n_workers).train(RUNS)
 
 
@@ -282,17 +262,11 @@ def test_the_memory_of_a_worker_is_estimated_above_what_its_training_takes():
     space = search.default_space(question()["task"])
     hp = Hyperparameters(d=96, rank=16, batch_size=32, seq_len=8)
     asked = question()
-    from ctbprn_lib.train import Budget, fit
-
     taken = fit(hp, asked["task"], Budget(2, 8, n_evals=1, n_validation=32, precision="fp32")).peak_mem_mib
     assert taken < search.memory_mib(space, asked["task"], 8) + processes.PROCESS_MIB
 
 
 def test_the_work_of_a_training_is_what_counting_its_products_gives():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from ctbprn_lib.train import multiply_adds, untrained
-
     task = question()["task"]
     for rank in (2, 8):
         hp = Hyperparameters(d=12, rank=rank, seq_len=8, n_layers=3)

@@ -139,13 +139,8 @@ def test_a_npz_is_read_and_another_name_refused(tmp_path):
     x, y = arrays()
     np.savez(tmp_path / "mine.npz", x=x, y=y, areas=list("aabb"))
     assert load_task(str(tmp_path / "mine.npz")).n_samples["train"] == 36
-    for name, message in (
-        (str(tmp_path / "none.npz"), "no such file"),
-        ("routnig", 'expected "routing"'),
-        ("uea:BasicMotion", "expected BasicMotions, JapaneseVowels or a folder"),
-    ):
-        with pytest.raises(InputError, match=message):
-            load_task(name)
+    with pytest.raises(InputError, match='expected "routing"'):
+        load_task("routnig")
 
 
 def test_basic_motions_has_two_real_areas():

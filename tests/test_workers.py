@@ -47,19 +47,6 @@ def test_a_server_that_is_restarted_at_once_loses_no_finished_trial_and_workers_
     print(f"two restarts: {len(before)} trials finished before, 12 after, {len(trials) - 12} tried again")
 
 
-def test_a_server_that_stays_away_is_named_without_the_password(server, crew):
-    url = server.database("away")
-    server.stop()
-    try:
-        pid = crew.hire(url, 2, PATIENCE=1)
-        assert crew.wait(pid) == [1]
-    finally:
-        server.start()
-    printed = crew.new_output()
-    assert f"PostgreSQL database 'away' at 127.0.0.1:{server.port} cannot be used for" in printed
-    assert "hunter2" not in printed and "Traceback" not in printed
-
-
 def test_a_worker_that_was_frozen_for_too_long_wakes_and_goes_on_with_another_trial(server, crew):
     url = server.database("frozen")
     how = dict(n_trials=12, n_steps=160, HEARTBEAT=0.5, GRACE=2, POLL=0.2)
