@@ -26,7 +26,7 @@ Parameters = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 4.6  # that the quick report is sized for
 AT_MOST = 7.5  # minutes of a quick report on a machine that is too slow for that: confirm then ends by its time
-NOTEBOOK_SECONDS = 20  # to start a notebook, and to draw and write what it has found
+NOTEBOOK_SECONDS = 20  # of all cores, to start a notebook, and to draw and write what it has found
 STEPS = (200, 600)  # of a quick report's trainings: fewer would decide nothing, and more are not needed
 MARGIN = 1.25  # of the expected time: cores share their memory, and what confirm trains depends on what tune finds
 N_SEEDS = 8  # of each configuration of the quick report, at the most
@@ -80,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = options.study or {"quick": "quick", "full": "flagship"}[options.size]
     reproduced = "reproduce" if study == "ctbprn" else f"{study}-reproduce"
     sizes["tune"]["study_name"] = sizes["confirm"]["study_name"] = study
-    sizes["reproduce"] |= {"study_name": reproduced, "tested_by": study}
+    # A quick study decides few of the original's claims, so its page has the verdicts of the published study.
+    sizes["reproduce"] |= {"study_name": reproduced, "tested_by": "ctbprn" if options.size == "quick" else study}
     print(
         f"{device_name(resolve_device('auto'))}: a training step of the smallest network takes {1000 * seconds:.1f} ms."
     )
@@ -89,8 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.size == "quick":
         print(f"All of it takes about {_duration(expected_seconds(sizes, seconds, options.minutes))}.")
     (ROOT / "runs").mkdir(exist_ok=True)
-    for names in (["tune", "explore"], ["confirm"], ["reproduce"]):
-        _run({name: sizes[name] for name in names})
+    chains = {
+        "quick": (["tune", "confirm"], ["explore", "reproduce"]),
+        "full": (["tune", "confirm", "reproduce"], ["explore"]),
+    }
+    _run([{name: sizes[name] for name in names} for names in chains[options.size]])
     publish.publish_notebook(ROOT / "runs" / "reproduce.ipynb", reproduced)
     print(f"\nDone in {_duration(time.monotonic() - started)}.")
     print(f"  the report:          reports/{study}/report.html")
@@ -166,54 +170,49 @@ def _training_minutes(n_trainings: int, n_steps: float, seconds: float) -> float
     return MARGIN * n_trainings * N_SEEDS * n_steps * seconds / processes.count("auto", 0) / 60
 
 
-def _run(notebooks: dict[str, Parameters]) -> None:
-    """Run notebooks side by side with papermill, and say when each begins and ends.
+def _run(chains: Sequence[dict[str, Parameters]]) -> None:
+    """Run the notebooks of each chain one after another, the chains side by side, and say when each begins and ends.
 
-    Ends this program with the notebook's last words if one of them fails.
+    Notebooks of all chains but the first get one thread. Ends this program with a notebook's last words if it fails.
     """
-    running = {}
-    for name, parameters in notebooks.items():
-        words = []
-        for key, value in parameters.items():
-            words += ["-r" if isinstance(value, str) else "-p", key, str(value)]  # a text such as 8 stays one with -r
-        command = [
-            sys.executable,
-            "-m",
-            "papermill",
-            "--no-progress-bar",
-            "--log-output",
-            f"notebooks/{name}.ipynb",
-            f"runs/{name}.ipynb",
-            *words,
-        ]
-        one_thread = {"OMP_NUM_THREADS": "1"} if name == "explore" else {}  # it runs beside another
-        log = ROOT / "runs" / f"{name}.log"
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ | one_thread
-            )
-        running[name] = process, log, time.monotonic()
-        print(f"{time.strftime('%H:%M:%S')} {name} begins; what it prints is in runs/{log.name}", flush=True)
+    waiting = [list(chain.items()) for chain in chains]
+    running: dict[int, tuple[str, subprocess.Popen, Path, float]] = {}
     try:
-        while running:
+        while running or any(waiting):
+            for number, chain in enumerate(waiting):
+                if chain and number not in running:
+                    running[number] = _started(*chain.pop(0), one_thread=number > 0)
             time.sleep(0.2)
-            for name, (process, log, begun) in list(running.items()):
+            for number, (name, process, log, begun) in list(running.items()):
                 if process.poll() is None:
                     continue
-                del running[name]
+                del running[number]
                 if process.returncode:
-                    sys.exit(
-                        f"{name} has failed: {log.read_text().strip().splitlines()[-1]}\n(all of it: runs/{log.name})"
-                    )
+                    last = log.read_text().strip().splitlines()[-1]
+                    sys.exit(f"{name} has failed: {last}\n(all of it: runs/{log.name})")
                 print(
                     f"{time.strftime('%H:%M:%S')} {name} ends after {_duration(time.monotonic() - begun)}", flush=True
                 )
     except KeyboardInterrupt:
         sys.exit("Stopped; what is done is kept, and the same command goes on from there.")
     finally:
-        for process, _, _ in running.values():
+        for _, process, _, _ in running.values():
             process.terminate()
             process.wait()
+
+
+def _started(name: str, parameters: Parameters, one_thread: bool) -> tuple[str, subprocess.Popen, Path, float]:
+    """Start papermill on a notebook.  Returns its name, the process, its log and the time of the start."""
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--log-output"]
+    command += [f"notebooks/{name}.ipynb", f"runs/{name}.ipynb"]
+    for key, value in parameters.items():
+        command += ["-r" if isinstance(value, str) else "-p", key, str(value)]  # a text such as 8 stays one with -r
+    log = ROOT / "runs" / f"{name}.log"
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    print(f"{time.strftime('%H:%M:%S')} {name} begins; what it prints is in runs/{log.name}", flush=True)
+    return name, process, log, time.monotonic()
 
 
 def _duration(seconds: float) -> str:
