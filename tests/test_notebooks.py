@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from ctbprn_lib import InputError, parameters, train
-from ctbprn_lib.audit import speed
+from ctbprn_lib.audit import pruning, speed
 from ctbprn_lib.report import publish
 from ctbprn_lib.train import Budget, Hyperparameters, fit
 
@@ -152,14 +152,20 @@ def test_benchmark_runs(project, run_here, monkeypatch):
     monkeypatch.setattr(speed, "protocol_seconds", lambda: 3.0)  # test_reproduce_runs runs the protocol
     smaller = {"against_the_original": dict(shapes=shapes), "scaling": dict(shape=shapes[2], n_runs=1)}
     smaller |= {"search_seconds": dict(n_trials=2), "trials_an_hour": dict(budget=Budget(2, 2, n_validation=1))}
+    monkeypatch.setattr(speed, "thread_gain", lambda: 1.5)
+    monkeypatch.setattr(pruning, "scoring_share", lambda *_: 0.1)
+    curves = [(trial, scoring, 0.1 * trial, 0.1 * trial) for trial in range(6) for scoring in (1, 2)]
+    curves = pd.DataFrame(curves, columns=["trial", "scoring", "few", "all"])
+    monkeypatch.setattr(pruning, "score_twice", lambda *_, **__: curves)
     for name, args in smaller.items():
         monkeypatch.setattr(speed, name, functools.partial(getattr(speed, name), **args))
     shown = run_here(project, "benchmark", n_sets=50, n_reports=2, n_power=2, n_runs=1, run_seconds=0.01, n_pairs=2,
                      n_steps=2)  # fmt: skip
     text = "\n".join(value.data for value in shown if value)
-    durations = r"study make (\S+) \[.+? record take (\S+) ms .+? takes (\S+) ms .+? takes (\S+) s "
+    durations = r"workers make (\S+) \[.+? record take (\S+) ms .+? takes (\S+) ms .+? takes (\S+) s "
     found = re.search(durations, text, re.S)
     assert all(float(number.replace(",", "")) > 0 for number in found.groups())
+    assert "kept or pruned as it is with all of them in 100.0 % of cases" in text and "10.0 %" in text
     assert "papermill notebooks/benchmark.ipynb" in text and "-p n_sets 50" in text
 
 

@@ -43,5 +43,5 @@ def test_trials_are_scored_on_few_samples_before_the_last_scoring_and_then_on_al
     assert (scores.loc[~last, "few"] != scores.loc[~last, "all"]).all()
 
 
-def test_the_share_of_scoring_falls_with_the_length_of_training():
-    assert 0 < pruning.scoring_share(20, n_trials=1, n_replicas=1) < 1
+def test_the_share_of_scoring_is_a_part_of_the_whole():
+    assert 0 < pruning.scoring_share(1, 20, 1, space={"d": [4], "rank": [1]}) < 1

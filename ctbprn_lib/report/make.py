@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ctbprn_lib import InputError, processes, report, storage, tasks
+from ctbprn_lib import InputError, processes, report, storage, tasks, workers
 from ctbprn_lib.device import device_name, resolve_device
 from ctbprn_lib.report import publish
 from ctbprn_lib.train import Budget, Hyperparameters, fit
@@ -90,11 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.size == "quick":
         print(f"All of it takes about {_duration(expected_seconds(sizes, seconds, options.minutes))}.")
     (ROOT / "runs").mkdir(exist_ok=True)
-    chains = {
-        "quick": (["tune", "confirm"], ["explore", "reproduce"]),
-        "full": (["tune", "confirm", "reproduce"], ["explore"]),
-    }
-    _run([{name: sizes[name] for name in names} for names in chains[options.size]])
+    chains = (["tune", "confirm"], ["explore", "reproduce"])
+    if sizes["reproduce"]["tested_by"] == study:  # whose verdicts are there when confirm has ended
+        chains = (["tune", "confirm", "reproduce"], ["explore"])
+    with workers.sigterm_as_ctrl_c():
+        _run([{name: sizes[name] for name in names} for names in chains])
     publish.publish_notebook(ROOT / "runs" / "reproduce.ipynb", reproduced)
     print(f"\nDone in {_duration(time.monotonic() - started)}.")
     print(f"  the report:          reports/{study}/report.html")
