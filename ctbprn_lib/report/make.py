@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 4.6  # that the quick report is sized for
 AT_MOST = 7.5  # minutes of a quick report on a machine that is too slow for that: confirm then ends by its time
 NOTEBOOK_SECONDS = 20  # of all cores, to start a notebook, and to draw and write what it has found
-STEPS = (200, 600)  # of a quick report's trainings: fewer would decide nothing, and more are not needed
+STEPS = (150, 600)  # of a quick report's trainings: fewer would decide nothing, and more are not needed
 MARGIN = 1.25  # of the expected time: cores share their memory, and what confirm trains depends on what tune finds
 N_SEEDS = 8  # of each configuration of the quick report, at the most
 # Trainings of one configuration of quick.yaml with N_SEEDS seeds and n_steps steps that the quick report takes, about:
@@ -47,12 +47,12 @@ QUICK: dict[str, Parameters] = {
     "reproduce": {
         "n_seeds": 20,
         "n_fresh_seeds": 4,
-        "n_samples": 2048,
+        "n_samples": 1024,
         "n_spread_seeds": 4,
         "max_steps": 20,
         "n_curve_seeds": 2,
     },
-    "explore": {"n_steps": 100, "d": 32, "n_replicas": 2},
+    "explore": {"n_steps": 60, "d": 32, "n_replicas": 2},
 }
 FULL: dict[str, Parameters] = {
     "tune": {"n_trials": 100, "n_replicas": 8, "n_steps": 2000},
