@@ -27,12 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 4.6  # that the quick report is sized for
 AT_MOST = 7.5  # minutes of a quick report on a machine that is too slow for that: confirm then ends by its time
 NOTEBOOK_SECONDS = 20  # of all cores, to start a notebook, and to draw and write what it has found
-STEPS = (150, 600)  # of a quick report's trainings: fewer would decide nothing, and more are not needed
+STEPS = (200, 600)  # of a quick report's trainings: fewer would decide nothing, and more are not needed
 MARGIN = 1.25  # of the expected time: cores share their memory, and what confirm trains depends on what tune finds
 N_SEEDS = 8  # of each configuration of the quick report, at the most
 # Trainings of one configuration of quick.yaml with N_SEEDS seeds and n_steps steps that the quick report takes, about:
 # the search (fewer replicas, and pruned), and what confirm compares.
-SEARCHED, CONFIRMED = 2, 13
+SEARCHED, CONFIRMED = 2, 16
 
 QUICK: dict[str, Parameters] = {
     "tune": {"n_trials": 8, "n_replicas": 2, "space": "notebooks/quick.yaml"},
@@ -127,7 +127,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def seconds_a_step(n_steps: int = 15) -> float:
     """Measure the seconds of one training step of one replica of a configuration of quick.yaml, on one thread."""
-    task, hp, n_replicas = tasks.RoutingTask(), Hyperparameters(d=32, rank=16, n_layers=1), 2
+    task, hp, n_replicas = tasks.RoutingTask(), Hyperparameters(d=16, rank=16, n_layers=1), 2
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
