@@ -34,6 +34,10 @@ OnDone = Callable[[dict[str, Any], int, int], None]
 # First spawn keys of the seeds: none has been used for tuning, and the best of the confirmed is measured afresh when it
 # is ablated, or every comparison with it would start from its luck.
 CONFIRMING, ABLATING = 1, 2
+OUT_OF_TIME = (
+    "the minutes were over before {} was trained; what is done is kept, and the same command with more minutes goes on "
+    "from there"
+)
 
 
 @dataclass(frozen=True)
@@ -228,7 +232,7 @@ class Confirmation:
         self.weights = storage.REPORTS.parent / "runs" / "weights"
         name = f"{study.study_name}/confirm"
         storage.beside(study, name)
-        rate = search.seconds_a_product(study, task)
+        rate = search.time_scale(study, task)
         self.work = Confirming(name, storage.url_of(study), task, self.budget, n_test, seed, device, self.weights, rate)
         self.study = workers.Study(name, study._storage)
         if self.study.directions != [optuna.study.StudyDirection.MINIMIZE]:
@@ -292,10 +296,7 @@ class Confirmation:
     def train_all(self, runs: Iterable[Run], on_done: OnDone | None = None) -> None:
         """Train one block of each Run.  Raises InputError if time ends it before all are done."""
         if not self.train(runs, on_done):
-            raise InputError(
-                "the minutes were over before every candidate was trained; what is done is kept, and the "
-                "same command with more minutes goes on from there"
-            )
+            raise InputError(OUT_OF_TIME.format("every candidate"))
 
     def decide(
         self,
@@ -363,7 +364,7 @@ class Confirmation:
         return {run.name: math.inf for run in runs if self.key(run) in failed}
 
     def _seconds_a_seed(self, run: Run) -> float:
-        return search.products(run.hyperparameters, self.task, run.n_steps, 1)  # one rate for all, whatever it is
+        return search.relative_time(run.hyperparameters, self.task, run.n_steps, 1)  # one rate for all, whatever it is
 
     def _queue(self, wanted: dict[str, tuple[Run, int]]) -> None:
         """Let the blocks that are neither done nor under way wait for a worker, the longest first."""
@@ -410,8 +411,13 @@ class Confirmation:
         return next(run for run in runs if run.name == best)
 
     def best(self, runs: list[Run]) -> dict[str, str]:
-        """{"accuracy": role, "ce": role} of the Runs with a role that have the best mean test scores."""
+        """{"accuracy": role, "ce": role} of the Runs with a role that have the best mean test scores.
+
+        Raises InputError if none has been trained.
+        """
         scores = self.scores(run for run in runs if run.role)
+        if not scores["test_ce"]:
+            raise InputError(OUT_OF_TIME.format("any candidate"))
         accuracy = {name: values.mean() for name, values in scores["test_accuracy"].items()}
         ce = {name: values.mean() for name, values in scores["test_ce"].items()}
         return {"accuracy": max(accuracy, key=accuracy.__getitem__), "ce": min(ce, key=ce.__getitem__)}
@@ -438,7 +444,10 @@ class Confirmation:
         """Write the weights of a Run, and what is known of it, to <name>.safetensors and .json in the study's folder.
 
         The weights are those of the seed with the lowest validation CE in the first block.
+        Raises InputError if the Run has not been trained.
         """
+        if not self.scores([run])["test_ce"]:
+            raise InputError(OUT_OF_TIME.format(run.name))
         key, folder = self.key(run), storage.study_folder(self.name)
         folder.mkdir(parents=True, exist_ok=True)
         record, weights = _by_key(self.study)[key], self.weights / f"{key}.safetensors"
@@ -475,7 +484,7 @@ class Confirming:
     seed: int
     device: str
     weights: Path  # folder for the weights of the first block of each Run
-    seconds_a_product: float  # of the tuning study's trainings, for the time before a run is done here
+    time_scale: float  # of the tuning study's trainings, for the time before a run is done here
     n_trials: int | None = None  # until none waits
 
     def open(self) -> workers.Study:
@@ -504,12 +513,12 @@ class Confirming:
         if trial is None:
             return 0.0
         done = [trial for trial in study.get_trials(deepcopy=False, states=FINISHED) if "run" in trial.user_attrs]
-        rates = [search.seconds_of(trial) / self._products(trial) for trial in done]
-        return self._products(trial) * (float(np.median(rates)) if rates else self.seconds_a_product)
+        rates = [search.seconds_of(trial) / self._relative_time(trial) for trial in done]
+        return self._relative_time(trial) * (float(np.median(rates)) if rates else self.time_scale)
 
-    def _products(self, trial: FrozenTrial) -> float:
+    def _relative_time(self, trial: FrozenTrial) -> float:
         run = _run_of(trial)
-        return search.products(run.hyperparameters, self.task, run.n_steps, self.budget.n_replicas)
+        return search.relative_time(run.hyperparameters, self.task, run.n_steps, self.budget.n_replicas)
 
     def _checkpoint(self, key: str) -> Path:
         return self.weights.parent / "checkpoints" / f"confirm-{key}.safetensors"

@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import parent_process
 from pathlib import Path
@@ -149,10 +149,10 @@ def begin(study: Study, work: Work, ends_at: float = float("inf")) -> optuna.Tri
                 n_finished = sum(state in FINISHED for state in states)
                 is_done, is_wanted = n_finished >= work.n_trials, n_finished + n_running < work.n_trials
             if is_wanted:
-                next_trial = next((trial for trial in trials if trial.state == TrialState.WAITING), None)
-                if time.time() + work.seconds(study, next_trial) > ends_at:
+                too_long = _too_long(study, work, trials, ends_at - time.time())
+                if too_long is None:
                     return None
-                if trial := _take(study, still_locked):
+                if trial := _take(study, still_locked, too_long):
                     return trial
                 continue
             if is_done:
@@ -165,9 +165,20 @@ def begin(study: Study, work: Work, ends_at: float = float("inf")) -> optuna.Tri
         pause = min(1.5 * pause, 5 * POLL)
 
 
-def _take(study: Study, still_locked: Callable[[], bool]) -> optuna.Trial | None:
+def _too_long(study: Study, work: Work, trials: list[FrozenTrial], seconds_left: float) -> set[int] | None:
+    """Ids of the trials that wait and are not expected to end in time; None if no trial is."""
+    if seconds_left == float("inf"):
+        return set()
+    waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+    if not waiting:
+        return None if work.seconds(study, None) > seconds_left else set()
+    too_long = {trial._trial_id for trial in waiting if work.seconds(study, trial) > seconds_left}
+    return None if len(too_long) == len(waiting) else too_long
+
+
+def _take(study: Study, still_locked: Callable[[], bool], too_long: set[int]) -> optuna.Trial | None:
     """A trial to run, signed by this process; None if the lock was lost meanwhile. Only under the lock."""
-    trial = ask(study)
+    trial = ask(study, too_long)
     if not still_locked():  # others may have begun enough; it is not signed, so the next look gives it up
         return None
     try:
@@ -178,14 +189,17 @@ def _take(study: Study, still_locked: Callable[[], bool]) -> optuna.Trial | None
     return trial
 
 
-def ask(study: Study) -> optuna.Trial:
+def ask(study: Study, too_long: Collection[int] = ()) -> optuna.Trial:
     """A trial that waits (a lost one, or one that was queued), else a new one.  Only under the lock.
 
+    too_long: ids of trials that are left to wait.
     It is marked before it runs, so that a trial that runs without marks is another program's. study.ask is not used:
     where the database did not acknowledge that a trial runs, it would leave that trial as it is and begin another one.
     """
     storage = study._storage
     for trial in storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.WAITING,)):
+        if trial._trial_id in too_long:
+            continue
         if reason := study.outside(trial.params | trial.system_attrs.get("fixed_params", {})):
             fail(study, trial, reason)
             continue

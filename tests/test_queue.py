@@ -5,7 +5,9 @@ import random
 import shutil
 import signal
 import time
+from dataclasses import replace
 
+import numpy as np
 import optuna
 import psutil
 import pytest
@@ -14,7 +16,7 @@ from crew import FORKS, prepare, question, until
 from optuna.trial import TrialState
 from torch.utils.flop_counter import FlopCounterMode
 
-from ctbprn_lib import InputError, confirm, evidence, processes, search, storage, workers
+from ctbprn_lib import InputError, confirm, evidence, processes, search, storage, tasks, workers
 from ctbprn_lib.train import Budget, Hyperparameters, fit, multiply_adds, untrained
 
 N_KILLS = int(os.environ.get("CTBPRN_TEST_KILLS", "8"))  # more by hand: one takes seconds
@@ -249,6 +251,29 @@ def test_confirmation_stops_at_its_time_and_goes_on_with_more(study, monkeypatch
     again = confirmation(study)
     again.train_all(RUNS[:3])
     assert len(scores(again)) == 3
+
+
+def test_what_does_not_fit_into_the_time_waits_and_shorter_runs_are_trained(study, monkeypatch):
+    too_long = replace(RUNS[0], role="long", n_steps=1000, name="long")
+    seconds = lambda self, study, trial: 1e6 if confirm._run_of(trial).name == "long" else 0.0  # noqa: E731
+    monkeypatch.setattr(confirm.Confirming, "seconds", seconds)
+    made = confirmation(study, minutes=1)
+    assert not made.train([too_long, *RUNS[:2]])
+    trained = made.scores([too_long, *RUNS[:2]])["test_ce"]
+    assert list(trained) == [run.name for run in RUNS[:2]]
+    for call in (lambda: made.best([too_long]), lambda: made.save("some", too_long)):
+        with pytest.raises(InputError, match=r"the minutes were over before (any candidate|long) was trained"):
+            call()
+
+
+def test_the_expected_time_of_a_training_follows_what_was_measured():
+    """Milliseconds of a replica-step on one thread of a CPU with AVX2, for (d, n_layers), 128 tokens and batch 32."""
+    measured = {(16, 1): 22.4, (24, 1): 29.4, (32, 1): 41.9, (64, 2): 143.6}
+    task = tasks.RoutingTask()
+    sizes = {shape: Hyperparameters(d=shape[0], n_layers=shape[1], rank=8) for shape in measured}
+    units = [search.relative_time(hp, task, 1, 1) for hp in sizes.values()]
+    rates = np.array(list(measured.values())) / units
+    assert rates.max() / rates.min() < 1.2
 
 
 @pytest.mark.parametrize(("mib", "n_threads", "expected"), [(0, 8, 8), (1500, 8, 4), (1e6, 8, 1), (0, 1, 1)])
