@@ -134,6 +134,23 @@ def test_what_a_record_of_today_has_more_than_those_of_before():
     assert f"best tuning score (trial 0) is beside the untuned defaults {form.verdict(finding)}" in now["key_findings"]
 
 
+def test_a_search_that_time_ended_says_so_and_what_is_recommended_is_what_is_shown():
+    given = {"minutes": 1.5, "n_trials": 40}
+    assert "1.5 minutes that were given ended the search before it had 40 trials" in report.render(
+        made_up("routing", out_of_time=given)[0], "summary"
+    )
+    assert "ended the search" not in report.render(made_up("routing")[0], "summary")
+    newer = made_up("routing")[2]
+    longer = next(name for name in newer.confirmed.runs["name"] if name.endswith("n_steps 1000"))
+    about = newer.confirmed.about | {"recommended": longer}
+    newer = replace(newer, confirmed=replace(newer.confirmed, about=about))
+    best, advice = (report.render(newer, section) for section in ("best_parameters", "recommendations"))
+    accuracy = form.percent(newer.confirmed.interval(longer, "test_accuracy"))
+    assert best.startswith(f"### Recommended ({longer})\n- **Test accuracy**: {accuracy}")
+    assert "- **Length of training**: 1,000 steps" in best and "`recommended.safetensors`" in best
+    assert f"- Use {longer}:" in advice and "trained for 1,000 steps (`recommended`)." in advice
+
+
 @pytest.mark.parametrize("lost", ["ablation", "again"])
 def test_a_record_that_time_ended_before_its_ablation_has_every_section(lost):
     made, older, _ = made_up("routing")

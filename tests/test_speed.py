@@ -134,3 +134,17 @@ def test_it_prints_its_table_with_torch_and_numpy_alone(monkeypatch, capsys):
     assert "| fp32 | 4 | 1 | 2 | 4 | 2 | 2 |" in text
     assert "| 4 | 1 | 2 | 4 | 2 | 2 |" in text.split("Operations a step")[1]
     assert text.count("replica-steps a second") == 3
+
+
+def test_workers_gain_what_threads_do_not_share():
+    assert speed.derived_gains(2.0, 2) == {4: 1, 8: 1, 16: 1}  # threads that share all their work
+    assert speed.derived_gains(1.0, 2) == {4: 4, 8: 8, 16: 16}  # and none of it
+    assert speed.derived_gains(1.5, 2, [2])[2] == pytest.approx(2 / 1.5)
+    assert speed.derived_gains(1.0, 1) == {}
+
+
+def test_the_gain_of_threads_leaves_their_number_as_it_was(monkeypatch):
+    monkeypatch.setattr(speed, "SHAPES", [(Hyperparameters(d=4, rank=1, batch_size=2, seq_len=4), 2, 2)] * 3)
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
+    before = torch.get_num_threads()
+    assert speed.thread_gain(1) > 0 and torch.get_num_threads() == before

@@ -323,6 +323,39 @@ def trials_an_hour(n_workers: int, n_trials: int = 6, budget: Budget | None = No
     return 3600 * total / (ended - begun).total_seconds()
 
 
+def thread_gain(n_runs: int = 5) -> float:
+    """Measure by how much torch's threads, all of them, make a training step of SHAPES[2] faster than one does.
+
+    Returns the median ratio over n_runs pairs of timed runs, in turns; 1 where torch has one thread.
+    """
+    hp, n_areas, R = SHAPES[2]
+    cpu, n_threads = torch.device("cpu"), torch.get_num_threads()
+    step_seconds = _step_timer(_steps_of(_training(hp, RoutingTask(n_areas), R, cpu, "auto")), cpu)
+    ratios = []
+    try:
+        for _ in range(n_runs):
+            torch.set_num_threads(1)
+            with_one = step_seconds()
+            torch.set_num_threads(n_threads)
+            ratios.append(with_one / step_seconds())
+    finally:
+        torch.set_num_threads(n_threads)
+    return float(np.median(ratios)) if n_threads > 1 else 1.0
+
+
+def derived_gains(gain: float, n_threads: int, workers: Iterable[int] = (4, 8, 16)) -> dict[int, float]:
+    """{n: how many times the trials of one process with n threads n single-threaded workers make}, by Amdahl's law.
+
+    gain: of n_threads threads beside one, as thread_gain measures it. The part of a step that threads do not share
+    follows from it. Workers share nothing, as long as the memory is wide enough for all of them.
+    Returns {} for one thread, from which nothing follows.
+    """
+    if n_threads < 2:
+        return {}
+    serial = (n_threads / gain - 1) / (n_threads - 1)
+    return {n: n * (serial + (1 - serial) / n) for n in workers}
+
+
 def search_seconds(n_trials: int = 20) -> float:
     """Measure the seconds that a trial costs beyond its training: the sampler, the database (SQLite) and the record.
 

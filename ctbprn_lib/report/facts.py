@@ -48,6 +48,7 @@ class Facts:
     trials: search.records. foreign: (number, state, reason) of trials that other programs put into the study.
     finished: {number: trial} as Optuna holds them. deleted: whether the storage also holds a confirmation of a deleted
     study of the same name, which is left out. n_calls: how often the search was begun, by one worker or several.
+    out_of_time: the minutes and n_trials that the search was given, if time ended it before it had that many, or None.
     has_database: whether the study lies in an SQLite file in its own folder.
     """
 
@@ -61,6 +62,7 @@ class Facts:
     finished: dict[int, optuna.trial.FrozenTrial]
     deleted: bool = False
     n_calls: int = 1
+    out_of_time: Row | None = None
     has_database: bool = False
     confirmed: "Confirmed | None" = None
 
@@ -427,6 +429,7 @@ def load(study_name: str, storage_url: str = "") -> Facts:
         finished={trial.number: trial for trial in study.get_trials(deepcopy=False)},
         deleted=confirm.of_deleted(study),
         n_calls=study.user_attrs.get("n_workers", 1),
+        out_of_time=study.user_attrs.get("out_of_time"),
         has_database=(storage.study_folder(study_name) / "optuna_studies" / "ctbprn_study.db").exists(),
     )
     runs, about = confirm.records(study_name, storage_url)
