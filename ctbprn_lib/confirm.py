@@ -26,7 +26,8 @@ from ctbprn_lib.evidence import BETTER, SCHEDULE, Answer, Plan, Purchase, Schedu
 from ctbprn_lib.model import CTBPRN, Classifier
 from ctbprn_lib.scoring import route_accuracy, score
 from ctbprn_lib.search import Space
-from ctbprn_lib.train import PARTS, TABLE, Budget, Hyperparameters, Task, fit
+from ctbprn_lib.tasks import Task
+from ctbprn_lib.train import PARTS, TABLE, Budget, Hyperparameters, fit
 from ctbprn_lib.workers import FINISHED
 
 OnDone = Callable[[dict[str, Any], int, int], None]

@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from ctbprn_lib import InputError, published, search
 from ctbprn_lib.device import PRECISIONS
-from ctbprn_lib.tasks import RoutingTask
-from ctbprn_lib.train import Budget, Hyperparameters, Task, Training
+from ctbprn_lib.tasks import RoutingTask, Task
+from ctbprn_lib.train import Budget, Hyperparameters, Training
 
 CARDS_GIB = (8, 24, 80)  # memory of usual GPUs
 LEFT_FREE = 2**30  # bytes of a card that are left for what is not counted: an allowance, not a measurement

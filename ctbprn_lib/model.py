@@ -18,7 +18,7 @@ from torch import nn
 
 from ctbprn_lib import InputError, files, recordings
 from ctbprn_lib.recordings import Preparation
-from ctbprn_lib.tasks import CHUNK, ArrayTask, RoutingTask
+from ctbprn_lib.tasks import CHUNK, Task
 
 KINDS_OF_LABELS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))  # beside text
 CONFIG = ("n_features", "d", "rank", "n_areas", "n_layers", "n_classes", "n_replicas", "stem")
@@ -313,7 +313,7 @@ class Classifier:
         self.area_names, self.seq_len = tuple(area_names), seq_len
 
     @classmethod
-    def of(cls, network: CTBPRN, task: RoutingTask | ArrayTask, seq_len: int) -> "Classifier":
+    def of(cls, network: CTBPRN, task: Task, seq_len: int) -> "Classifier":
         """The classifier that a network trained on the first seq_len tokens of a task is."""
         return cls(network, task.preparation, task.classes, task.area_names, seq_len)
 

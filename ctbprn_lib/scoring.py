@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ctbprn_lib.model import CTBPRN
-from ctbprn_lib.tasks import ArrayTask, RoutingTask
+from ctbprn_lib.tasks import Task
 
 # of one activation while scoring: bounds memory, and on a CPU stays near the caches
 SCORING_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
@@ -17,7 +17,7 @@ SCORING_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 @torch.no_grad()
 def score(
     model: CTBPRN,
-    task: RoutingTask | ArrayTask,
+    task: Task,
     split: str,
     n_samples: int | None = None,
     seq_len: int | None = None,
@@ -36,7 +36,7 @@ def score(
 @torch.no_grad()
 def totals(
     model: CTBPRN,
-    task: RoutingTask | ArrayTask,
+    task: Task,
     split: str,
     n_samples: int | None,
     seq_len: int | None,
@@ -101,7 +101,7 @@ def route_accuracy(scores: dict[str, np.ndarray], validation: dict[str, np.ndarr
 
 @torch.no_grad()
 def route_shares(
-    model: CTBPRN, task: RoutingTask | ArrayTask, n_samples: int = 2048, seq_len: int | None = None
+    model: CTBPRN, task: Task, n_samples: int = 2048, seq_len: int | None = None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Where the router of each layer looks: (L, rows, K) shares of validation samples over all replicas.
 

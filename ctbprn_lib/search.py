@@ -28,7 +28,8 @@ from ctbprn_lib import InputError, __version__, checkpoint, files, processes, st
 from ctbprn_lib.device import device_name, out_of_memory
 from ctbprn_lib.evidence import mean_interval
 from ctbprn_lib.storage import connect, locked, sqlite_file, storage_url, study_folder
-from ctbprn_lib.train import KINDS, TABLE, Budget, Fit, Hyperparameters, Task, fit, multiply_adds
+from ctbprn_lib.tasks import Task
+from ctbprn_lib.train import KINDS, TABLE, Budget, Fit, Hyperparameters, fit, multiply_adds
 from ctbprn_lib.workers import FINISHED
 
 Space = dict[str, Any]  # {hyperparameter: levels, or low, high and log}

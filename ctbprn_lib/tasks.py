@@ -1,20 +1,11 @@
-"""Where batches come from: the routing task, your own arrays, UEA files.
-
-Every task offers the same few things:
-- n_areas K, n_features F, n_tokens T, n_classes C, area_names (K,), class_names (C,) and classes (C,) as in the data;
-- description: what makes two tasks the same; given: the name under which it was loaded;
-- draw: a training batch for R replicas; fixed: a held-out set that never changes;
-- baselines: test accuracy of simple rules; facts: what a reader of a score should know about the samples;
-- preparation: how raw recordings become what a network sees.
-seq_len is how many of the first tokens the network sees; labels always come from all of them.
-"""
+"""Where batches come from: the routing task, your own arrays, UEA files."""
 
 import hashlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -57,6 +48,40 @@ class Batch(NamedTuple):
         return self._replace(x=self.x[:, :, :, :seq_len], mask=mask)
 
 
+class Task(Protocol):
+    """What every kind of task offers.
+
+    seq_len is how many of the first tokens the network sees; labels always come from all of them.
+    """
+
+    n_areas: int  # K
+    n_tokens: int  # T
+    n_features: int  # F of an area
+    n_classes: int  # C
+    area_names: tuple[str, ...]  # (K,)
+    class_names: tuple[str, ...]  # (C,) as people read them
+    classes: np.ndarray  # (C,) as the data has them, which is what a Classifier predicts
+    given: str  # the name under which load_task found it, for commands in a report
+    description: dict[str, Any]  # what makes two tasks the same: JSON values; "task" and the sizes must be there
+    facts: dict[str, Any]  # what a reader of a score should know about the samples: JSON values, {} for nothing
+    preparation: recordings.Preparation  # how raw recordings become what the network sees
+
+    def draw(self, n_replicas: int, batch_size: int, generator: torch.Generator, seq_len: int | None = None) -> Batch:
+        """A training batch for each replica, on the generator's device."""
+
+    def fixed(
+        self, split: str, n_samples: int | None = None, seq_len: int | None = None, device: str | torch.device = "cpu"
+    ) -> Iterator[Batch]:
+        """Yield the samples of a split, the same each time, as batches with R = 1.
+
+        split: "validation", "test" or "interim", which is a small part of the validation samples. n_samples: how many,
+        of a task that makes its own.
+        """
+
+    def baselines(self) -> dict[str, float]:
+        """{rule: test accuracy} without the network: "majority class", "linear rule" and, if it is known, "ceiling"."""
+
+
 class RoutingTask:
     """Find which area carries a signal, and say its sign.
 
@@ -66,7 +91,7 @@ class RoutingTask:
 
     n_classes = 2
     classes = np.arange(2)
-    class_names = ("sum below zero", "sum above zero")
+    class_names: tuple[str, ...] = ("sum below zero", "sum above zero")
     given = "routing"
     facts: dict[str, Any] = {}  # noqa: RUF012 (nothing to say: every sample is drawn afresh)
 
@@ -262,8 +287,8 @@ class ArrayTask:
         return self._tensors[place]
 
 
-def load_task(name: str) -> "RoutingTask | ArrayTask":
-    """The task that name says: "routing", "uea:BasicMotions", "uea:<folder>" or the path of a .npz file.
+def load_task(name: str) -> Task:
+    """The task that a name stands for: "routing", "uea:BasicMotions", "uea:<folder>" or the path of a .npz file.
 
     A .npz holds x, y and, as ArrayTask has them, areas, split, lengths and groups.
     Raises InputError for anything else, naming the file and the field.

@@ -18,9 +18,8 @@ from ctbprn_lib import checkpoint as checkpoints
 from ctbprn_lib.device import PRECISIONS, PeakMemory, captured, precision_context, resolve_device, resolve_precision
 from ctbprn_lib.model import CTBPRN
 from ctbprn_lib.scoring import cross_entropy, named, route_accuracy, totals
-from ctbprn_lib.tasks import ArrayTask, RoutingTask
+from ctbprn_lib.tasks import Task
 
-Task = RoutingTask | ArrayTask
 SCORED = ("interim", "validation")  # the splits that a training is scored on
 SCHEDULES = ("one_cycle", "constant")
 # What can be left out: the controller's weights (all areas count alike), the message between areas, the gate's noise.
@@ -37,8 +36,9 @@ class Entry:
     unit: of its axis in a picture.
     digits: how a value is printed, as a format specification.
     shapes: whether it changes which initial values are drawn.  Equal seeds make pairs where no such one differs.
-    zero: whether 0 is allowed.
-    added: whether it came after the first confirmations were recorded, which therefore do not name it.
+    zero: whether 0 is allowed; otherwise a value must be above 0. There is no largest value but that of a search space.
+    added: whether it came after the first confirmations were recorded, which therefore do not name it. True for every
+    new hyperparameter: its default must then be the training of before.
     """
 
     label: str

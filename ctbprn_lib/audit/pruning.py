@@ -13,8 +13,8 @@ import torch
 
 from ctbprn_lib import scoring, search
 from ctbprn_lib.device import precision_context
-from ctbprn_lib.tasks import RoutingTask
-from ctbprn_lib.train import Budget, Fit, Hyperparameters, Task, fit
+from ctbprn_lib.tasks import RoutingTask, Task
+from ctbprn_lib.train import Budget, Fit, Hyperparameters, fit
 
 TRIALS = 10**6  # first spawn key of the seeds of these trials, which are no study's
 
