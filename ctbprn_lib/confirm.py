@@ -329,9 +329,11 @@ class Confirmation:
                 return answers
 
     def _affordable(self, purchases: list[Purchase], seeds: Mapping[str, int]) -> list[Purchase]:
-        """The first purchases that keep all workers busy, as far as n_seed_runs allows."""
+        """What to buy at once: all, or the first purchases that keep the workers busy where seed-runs are limited."""
+        if not self.n_seed_runs:
+            return purchases
         n_workers = self.n_workers or processes.count(self.work.device, 0)
-        left = self.n_seed_runs - sum(seeds.values()) if self.n_seed_runs else math.inf
+        left = self.n_seed_runs - sum(seeds.values())
         chosen, n_blocks = [], 0.0
         for purchase in purchases:
             price = sum(n - seeds.get(name, 0) for name, n in purchase.seeds.items())

@@ -35,7 +35,7 @@ N_SEEDS = 8  # of each configuration of the quick report, at the most
 SEARCHED, CONFIRMED = 2, 16
 
 QUICK: dict[str, Parameters] = {
-    "tune": {"n_trials": 8, "n_replicas": 2, "space": "notebooks/quick.yaml"},
+    "tune": {"n_trials": 7, "n_replicas": 2, "space": "notebooks/quick.yaml"},
     "confirm": {
         "looks": "4,8",
         "n_test": 4096,
@@ -46,13 +46,13 @@ QUICK: dict[str, Parameters] = {
     },
     "reproduce": {
         "n_seeds": 20,
-        "n_fresh_seeds": 4,
+        "n_fresh_seeds": 3,
         "n_samples": 1024,
         "n_spread_seeds": 4,
         "max_steps": 20,
         "n_curve_seeds": 2,
     },
-    "explore": {"n_steps": 60, "d": 32, "n_replicas": 2},
+    "explore": {"n_steps": 100, "d": 16, "n_replicas": 2},
 }
 FULL: dict[str, Parameters] = {
     "tune": {"n_trials": 100, "n_replicas": 8, "n_steps": 2000},
