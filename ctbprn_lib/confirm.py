@@ -89,7 +89,7 @@ def ablations(base: Run, space: Space, task: Task, n_levels: int = 0) -> list[Ru
     """Each hyperparameter of the Run base through its levels, all else equal; then batch sizes at equal samples,
     shorter and longer training, and the network without each of its parts.
 
-    n_levels: of each hyperparameter that the space varies, those nearest to the base's own, and eight times its length
+    n_levels: of each hyperparameter that the space varies, those nearest to the base's own, and seven times its length
     of training; 0 for all, which are at least four, of those that it holds fixed too.
     """
     hp, runs = base.hyperparameters, []
@@ -103,7 +103,7 @@ def ablations(base: Run, space: Space, task: Task, n_levels: int = 0) -> list[Ru
         n_steps = max(1, round(base.n_steps * hp.batch_size / size))
         runs.append(_moved(base, replace(hp, batch_size=size), n_steps, "batch_size, equal samples", size))
     lengths = sorted({base.n_steps // 2 or 1, base.n_steps, 2 * base.n_steps, 4 * base.n_steps})
-    for n_steps in (base.n_steps, 8 * base.n_steps) if n_levels else lengths:
+    for n_steps in (base.n_steps, 7 * base.n_steps) if n_levels else lengths:
         runs.append(_moved(base, hp, n_steps, "n_steps", n_steps))
     return runs
 
