@@ -66,6 +66,9 @@ class Task(Protocol):
     facts: dict[str, Any]  # what a reader of a score should know about the samples: JSON values, {} for nothing
     preparation: recordings.Preparation  # how raw recordings become what the network sees
 
+    def __hash__(self) -> int:
+        """As every object has it: what is kept for a task is found by the task itself."""
+
     def draw(self, n_replicas: int, batch_size: int, generator: torch.Generator, seq_len: int | None = None) -> Batch:
         """A training batch for each replica, on the generator's device."""
 
