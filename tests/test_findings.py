@@ -447,11 +447,12 @@ def test_what_is_not_decided_is_listed_once(folder, tables):
         assert less < 0.8 < more
 
 
-def test_what_is_recommended_is_the_best_by_ce(folder, tables):
+def test_what_is_recommended_is_what_is_recorded_or_the_best_by_ce(folder, tables):
     runs, text = tables["confirmed"], folder[1]["recommendations"]
     best = runs[runs["role"].notna()].groupby("role")["test_ce"].mean().idxmin()
-    row = runs[runs["role"] == best].iloc[0]
-    assert f"Use {best}: " in text and f"trained for {row['n_steps']:,} steps" in text
+    use = tables["about"].get("recommended", best)
+    row = runs[runs["role"] == use].iloc[0]
+    assert f"Use {use}: " in text and f"trained for {row['n_steps']:,} steps" in text
     for name in search.default_space(tasks.RoutingTask()):
         assert f"{name} {form.setting(row[name], name)}" in text
     saved = json.loads((folder[0] / "best_ce.json").read_text()) if (folder[0] / "best_ce.json").exists() else None
