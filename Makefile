@@ -13,7 +13,6 @@ export MPLCONFIGDIR := $(CURDIR)/.venv/matplotlib
 #   make report SIZE=full            for a GPU: reports/flagship
 #   make report MINUTES=30           more than the quick report needs: shared among the notebooks
 #   make report STUDY=ctbprn TRIALS=40 REPLICAS=4 STEPS=500
-report: export TQDM_DISABLE := 1
 report: .venv/ready
 	@$(BIN)/python -m ctbprn_lib.report.make $(if $(SIZE),--size $(SIZE)) $(if $(MINUTES),--minutes $(MINUTES)) \
 		$(if $(STUDY),--study $(STUDY)) $(if $(TRIALS),--n-trials $(TRIALS)) \

@@ -65,11 +65,18 @@ class Run:
 
 
 def candidates(
-    trials: pd.DataFrame, task: Task, n_steps: int, n_top: int = 3, with_published: bool = True
+    trials: pd.DataFrame,
+    task: Task,
+    n_steps: int,
+    n_top: int = 3,
+    with_published: bool = True,
+    space: Space | None = None,
 ) -> list[Run]:
     """The n_top trials by accuracy and by CE, the defaults and, if wanted, the published trials 1 and 2, as Runs.
 
-    trials: search.records; sequence lengths stop at the task's tokens.  Raises InputError if no trial is complete.
+    trials: search.records. Sequence lengths stop at the task's tokens. space: what was searched. The defaults have the
+    values that it holds fixed, because those were not tuned.
+    Raises InputError if no trial is complete.
     """
     complete = trials[trials["state"] == "complete"]
     if complete.empty:
@@ -80,7 +87,10 @@ def candidates(
     chosen = {f"trial {number}": search.hyperparameters(rows.loc[number]) for number in numbers}
     if with_published:
         chosen |= {f"published trial {n}": published.hyperparameters(n) for n in (1, 2)}
-    chosen["defaults"] = Hyperparameters()
+    fixed = {
+        k: entry[0] for k, entry in (space or {}).items() if k in TABLE and isinstance(entry, list) and len(entry) == 1
+    }
+    chosen["defaults"] = Hyperparameters(**fixed)
     fit_in = {role: replace(hp, seq_len=min(hp.seq_len, task.n_tokens)) for role, hp in chosen.items()}
     return [Run(role, hp, n_steps) for role, hp in fit_in.items()]
 
@@ -89,10 +99,11 @@ def ablations(base: Run, space: Space, task: Task, n_levels: int = 0) -> list[Ru
     """Each hyperparameter of the Run base through its levels, all else equal; then batch sizes at equal samples,
     shorter and longer training, and the network without each of its parts.
 
-    n_levels: of each hyperparameter that the space varies, those nearest to the base's own, and seven times its length
+    n_levels: of each hyperparameter that the space varies, those nearest to the base's own, and eight times its length
     of training; 0 for all, which are at least four, of those that it holds fixed too.
     """
     hp, runs = base.hyperparameters, []
+    space = {name: entry for name, entry in space.items() if name in TABLE}  # the length of training is moved below
     if n_levels:
         space = {name: entry for name, entry in space.items() if not isinstance(entry, list) or len(entry) > 1}
     for name, entry in space.items():
@@ -103,7 +114,7 @@ def ablations(base: Run, space: Space, task: Task, n_levels: int = 0) -> list[Ru
         n_steps = max(1, round(base.n_steps * hp.batch_size / size))
         runs.append(_moved(base, replace(hp, batch_size=size), n_steps, "batch_size, equal samples", size))
     lengths = sorted({base.n_steps // 2 or 1, base.n_steps, 2 * base.n_steps, 4 * base.n_steps})
-    for n_steps in (base.n_steps, 7 * base.n_steps) if n_levels else lengths:
+    for n_steps in (base.n_steps, 8 * base.n_steps) if n_levels else lengths:
         runs.append(_moved(base, hp, n_steps, "n_steps", n_steps))
     return runs
 
@@ -521,7 +532,8 @@ class Confirming:
 
     def _relative_time(self, trial: FrozenTrial) -> float:
         run = _run_of(trial)
-        return search.relative_time(run.hyperparameters, self.task, run.n_steps, self.budget.n_replicas)
+        n_scored = self.budget.n_validation + self.n_test
+        return search.relative_time(run.hyperparameters, self.task, run.n_steps, self.budget.n_replicas, n_scored)
 
     def _checkpoint(self, key: str) -> Path:
         return self.weights.parent / "checkpoints" / f"confirm-{key}.safetensors"

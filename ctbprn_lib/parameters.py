@@ -27,7 +27,7 @@ LEAST: dict[str, int] = {  # the smallest value of a parameter; an interval need
     **dict.fromkeys(("n_trials", "n_steps", "n_replicas", "d", "rank", "batch_size", "n_samples", "max_steps"), 1),
     **dict.fromkeys(("n_top", "n_test", "n_sets", "n_reports", "n_power", "n_runs"), 1),
     **dict.fromkeys(("n_seeds", "n_fresh_seeds", "n_spread_seeds", "n_curve_seeds", "n_pairs"), 2),
-    **dict.fromkeys(("n_workers", "n_levels", "minutes"), 0),
+    **dict.fromkeys(("n_workers", "n_levels", "minutes", "most_cost"), 0),
 }
 ABOVE_ZERO = {"lr", "temperature", "run_seconds"}
 STUDY_NAMES = {"study_name", "tested_by", "like"}
@@ -61,12 +61,19 @@ def check(namespace: Mapping[str, Any]) -> None:
     logging.getLogger("IPKernelApp").addFilter(_is_not_from_ctrl_c)
     if shell := get_ipython():  # a page shows the same cells whatever the user's own IPython shows
         shell.ast_node_interactivity = "last_expr"
+        shell.set_custom_exc((KeyboardInterrupt,), _show_interrupt)
     values = {name: namespace[name] for name in kinds}
     hardware = device_name(resolve_device(values.get("device", "auto")))
     for name, value in values.items():
         print(f"{name:>14} = {value!r}")
     versions = f"torch {torch.__version__}, optuna {optuna.__version__}, Python {platform.python_version()}"
     print(f"\nctbprn {__version__} at commit {commit()}; {versions}; {hardware}")
+
+
+def _show_interrupt(shell: Any, kind: type, error: BaseException, traceback: Any, tb_offset: int | None = None) -> None:
+    """Show an interrupt of any cell as one sentence; IPython calls it in place of its own traceback."""
+    sentence = str(error) or "Interrupted. Run the notebook again; what a study has finished is kept."
+    shell._showtraceback(kind, error, [sentence])
 
 
 def _is_not_from_ctrl_c(record: logging.LogRecord) -> bool:

@@ -14,7 +14,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -29,13 +29,23 @@ from ctbprn_lib.device import device_name, out_of_memory
 from ctbprn_lib.evidence import mean_interval
 from ctbprn_lib.storage import connect, locked, sqlite_file, storage_url, study_folder
 from ctbprn_lib.tasks import Task
-from ctbprn_lib.train import KINDS, TABLE, Budget, Fit, Hyperparameters, fit, multiply_adds
+from ctbprn_lib.train import KINDS, TABLE, Budget, Fit, Hyperparameters, fit, multiply_adds, training_cost
 from ctbprn_lib.workers import FINISHED
 
-Space = dict[str, Any]  # {hyperparameter: levels, or low, high and log}
+Space = dict[str, Any]  # {hyperparameter or LENGTH: levels, or low, high and log}
+LENGTH = "n_steps"  # may stand in a space; a trial is then trained for as many steps as it draws
 # Each objective and the scores that it makes better.
-OBJECTIVES = {"val_ce": ["val_ce"], "val_accuracy": ["val_accuracy"], "both": ["val_ce", "val_accuracy"]}
-DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {"val_ce": "minimize", "val_accuracy": "maximize"}
+OBJECTIVES = {
+    "val_ce": ["val_ce"],
+    "val_accuracy": ["val_accuracy"],
+    "both": ["val_ce", "val_accuracy"],
+    "ce_cost": ["val_ce", "cost"],
+}
+DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {
+    "val_ce": "minimize",
+    "val_accuracy": "maximize",
+    "cost": "minimize",
+}
 SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
     "tpe": functools.partial(optuna.samplers.TPESampler, constant_liar=True),  # it knows what other workers try now
     "random": optuna.samplers.RandomSampler,
@@ -45,7 +55,10 @@ PRUNERS: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
     "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
     "hyperband": optuna.pruners.HyperbandPruner,
     "none": optuna.pruners.NopPruner,
+    "equal_cost": optuna.pruners.NopPruner,  # Optuna has none that fits; see too_bad_for_its_cost
 }
+LIKE = 2  # trials whose costs differ by at most this factor are compared by the pruner equal_cost
+FEWEST = 5  # of such trials; with fewer it prunes nothing
 PLACEBO = "placebo"  # drawn for every trial and used for nothing: what importance looks like where there is none
 TUNING = 0  # first spawn key of a trial's SeedSequence: seeds of one purpose never serve another
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -67,20 +80,39 @@ def default_space(task: Task) -> Space:
     }
 
 
-def load_space(path: str | Path, task: Task) -> Space:
-    """A space from a YAML file over the default one: {name: [levels]}, {name: {low, high, log}} or {name: value}.
+def cost_space(task: Task) -> Space:
+    """What the objective ce_cost searches by default: wider than the published space, and with the length of training.
 
+    The sequence is always whole: the label comes from all tokens, so a shorter one has a ceiling of its own.
+    """
+    return {
+        "lr": {"low": 3e-4, "high": 2e-2, "log": True},
+        "d": [16, 24, 32, 48, 64, 96, 128],
+        "rank": [4, 8, 16, 32],
+        "temperature": {"low": 0.5, "high": 2.0},
+        "batch_size": [8, 16, 32, 64, 128],
+        "seq_len": [task.n_tokens],
+        "n_layers": [1, 2, 3],
+        "weight_decay": [0.0, 0.01, 0.1],
+        LENGTH: {"low": 100, "high": 20000, "log": True},
+    }
+
+
+def load_space(path: str | Path, task: Task, default: Space | None = None) -> Space:
+    """A space from a YAML file over a default one: {name: [levels]}, {name: {low, high, log}} or {name: value}.
+
+    default: the space whose entries hold where the file has none; default_space if not given.
     Raises InputError that names the file, the hyperparameter and what was expected.
     """
     given = files.mapping(path, "hyperparameters and their ranges, such as 'd: [32, 64]'")
-    space = default_space(task)
+    space = dict(default or default_space(task))
     for name, entry in given.items():
 
         def refuse(text: str, name: str = name) -> NoReturn:
             raise InputError(f"{path}: {str(name)[:80]}: {text}")
 
-        if name not in HYPERPARAMETERS:
-            refuse(f"not a hyperparameter; they are {', '.join(HYPERPARAMETERS)}")
+        if name not in (*HYPERPARAMETERS, LENGTH):
+            refuse(f"not a hyperparameter; they are {', '.join(HYPERPARAMETERS)}, and {LENGTH}, the length of training")
         if isinstance(entry, dict):
             if not {"low", "high"} <= set(entry) <= {"low", "high", "log"}:
                 refuse("a range has low, high and optionally log")
@@ -96,7 +128,7 @@ def load_space(path: str | Path, task: Task) -> Space:
             if isinstance(level, (int, float)) and not abs(level) <= MOST:
                 refuse(f"out of reach; expected at most {MOST:,}")
             try:
-                Hyperparameters(**{name: level})
+                (Budget if name == LENGTH else Hyperparameters)(**{name: level})
             except InputError as error:
                 raise InputError(f"{path}: {error}") from None
             if name == "seq_len" and level > task.n_tokens:
@@ -120,6 +152,8 @@ def suggest(trial: optuna.Trial, space: Space) -> Hyperparameters:
     """Hyperparameters for one trial."""
     values: dict[str, Any] = {}
     for name, entry in space.items():
+        if name == LENGTH:
+            continue
         if isinstance(entry, list):
             values[name] = trial.suggest_categorical(name, entry)
         else:
@@ -127,6 +161,38 @@ def suggest(trial: optuna.Trial, space: Space) -> Hyperparameters:
             suggest_one = trial.suggest_int if whole else trial.suggest_float
             values[name] = suggest_one(name, entry["low"], entry["high"], log=entry.get("log", False))
     return Hyperparameters(**values)
+
+
+def suggest_length(
+    trial: optuna.Trial, space: Space, hyperparameters: Hyperparameters, task: Task, most_cost: float = 0
+) -> int:
+    """The number of steps of one trial, from a space that has LENGTH.
+
+    most_cost: multiply-adds that a training may cost, so that the longest one depends on the hyperparameters; 0 for no
+    limit. A trial that can afford not even the shortest gets that one.
+    """
+    entry = space[LENGTH]
+    longest = most_cost / training_cost(hyperparameters, task, 1) if most_cost else math.inf
+    if isinstance(entry, list):
+        steps: int = trial.suggest_categorical(LENGTH, entry)  # type: ignore[assignment]
+        return steps
+    high = max(entry["low"], min(entry["high"], int(longest)))
+    return trial.suggest_int(LENGTH, entry["low"], high, log=entry.get("log", False))
+
+
+def too_bad_for_its_cost(study: workers.Study, scoring: int, cost: float, val_ce: float) -> bool:
+    """Whether a training's CE at one of its scorings is above the median of the trials that cost about as much.
+
+    scoring: its number, from 1. cost: of the whole training. Trainings of unequal lengths cannot be compared step by
+    step, because the rate of a short one has already fallen. So they are compared where their whole costs differ by a
+    factor of LIKE at most, after the same share of their steps. With fewer than FEWEST such trials the answer is no.
+    """
+    others = []
+    for trial in study.get_trials(deepcopy=False, states=FINISHED):
+        curve = trial.user_attrs["curves"]["val_ce"]
+        if len(curve) >= scoring and 1 / LIKE <= trial.user_attrs["whole_cost"] / cost <= LIKE:
+            others.append(or_chance("val_ce", curve[scoring - 1], trial.user_attrs["n_classes"]).mean())
+    return len(others) >= FEWEST and val_ce > float(np.median(others))
 
 
 def edge(entry: list | dict, best: float) -> str:
@@ -158,21 +224,37 @@ def open_study(
     sampler: str = "tpe",
     pruner: str = "median",
     seed: int = 0,
+    most_cost: float = 0,
 ) -> workers.Study:
     """Create the study, or load it to go on.
 
+    most_cost: of one training with the objective ce_cost, in multiply-adds (see training_cost); 0 for no limit.
     Raises InputError where the study in the storage asked another question (task, space, budget or objective), and
     says what differs.
     """
     if objective == "both" and pruner != "none":
         raise InputError("objective both (a Pareto front) cannot be pruned; give pruner none with it")
+    if objective == "ce_cost" and LENGTH not in space:
+        raise InputError(
+            f"objective ce_cost needs a space with {LENGTH}, such as '{LENGTH}: {{low: 100, high: 10000}}'"
+        )
+    if (objective == "ce_cost" or LENGTH in space) and pruner not in ("none", "equal_cost"):
+        raise InputError(
+            f"pruner {pruner} cannot compare trainings of unequal lengths; give pruner equal_cost or none with "
+            f"{LENGTH} in the space"
+        )
+    if pruner == "equal_cost" and objective != "ce_cost":
+        raise InputError("pruner equal_cost goes with the objective ce_cost alone; give pruner median or none")
+    if most_cost and objective != "ce_cost":
+        raise InputError("most_cost goes with the objective ce_cost alone; leave it at 0")
     url = storage_url(name, storage)
-    return _open(name, url, task, space, budget, objective, sampler, pruner, seed)
+    return _open(name, url, task, space, budget, objective, sampler, pruner, seed, most_cost)
 
 
-def _open(name, url, task, space, budget, objective, sampler, pruner, seed):
+def _open(name, url, task, space, budget, objective, sampler, pruner, seed, most_cost=0.0):
     """The study in the database at url, made where it is not there."""
     fingerprint = dict(protocol="replicated", task=task.description, space=space, budget=asdict(budget))
+    fingerprint |= {"most_cost": most_cost} if most_cost else {}  # studies of before have none
     fingerprint = json.loads(json.dumps(fingerprint | dict(objective=objective, seed=seed)))
     directions = [DIRECTIONS[score] for score in OBJECTIVES[objective]]
     database = connect(url)
@@ -238,7 +320,7 @@ def _outside(space, values):
         inside = value in entry if isinstance(entry, list) else number and entry["low"] <= value <= entry["high"]
         try:
             if name != PLACEBO:
-                Hyperparameters(**{name: value})
+                (Budget if name == LENGTH else Hyperparameters)(**{name: value})
         except InputError:
             inside = False
         if not inside:
@@ -297,6 +379,7 @@ def run_trials(
         study.marks["pruner"],
         device,
         n_trials,
+        recorded.get("most_cost", 0.0),
     )
     n_failed = 0
 
@@ -320,6 +403,8 @@ def memory_mib(space: Space, task: Task, n_replicas: int) -> float:
     """
     largest = asdict(Hyperparameters())
     for name, entry in space.items():
+        if name == LENGTH:
+            continue
         largest[name] = max(entry) if isinstance(entry, list) else entry["high"]
     tokens = min(largest["seq_len"], task.n_tokens)
     numbers = n_replicas * task.n_areas * largest["batch_size"] * tokens * largest["d"] * largest["n_layers"]
@@ -341,6 +426,7 @@ class Search:
     pruner: str
     device: str
     n_trials: int | None
+    most_cost: float = 0.0
 
     def open(self) -> workers.Study:
         """The study, opened by a worker process."""
@@ -354,12 +440,15 @@ class Search:
             self.sampler,
             self.pruner,
             self.seed,
+            self.most_cost,
         )
 
     def run(self, study: workers.Study, trial: optuna.Trial) -> float | tuple[float, ...]:
         """Train one trial, and put its record into the database; returns its values."""
         try:
-            hp = suggest(trial, self.space)
+            hp, budget = suggest(trial, self.space), self.budget
+            if LENGTH in self.space:
+                budget = replace(budget, n_steps=suggest_length(trial, self.space, hp, self.task, self.most_cost))
             trial.suggest_float(PLACEBO, 0.0, 1.0)
         except ValueError as error:  # of Optuna: a parameter is of one kind in a whole study
             raise InputError(
@@ -367,14 +456,15 @@ class Search:
                 f"another kind of the same hyperparameter ({error}); give another study_name"
             ) from None
         seeds = np.random.SeedSequence(self.seed, spawn_key=(TUNING, workers.first_try(trial)))
-        reporter = _Reporter(trial, self.objective, self.budget.n_steps)
+        whole_cost = training_cost(hp, self.task, budget.n_steps)
+        reporter = _Reporter(study, trial, self.objective, self.pruner, budget.n_steps, whole_cost)
         try:
-            result = fit(hp, self.task, self.budget, seeds, self.device, reporter, checkpoint_of(study, trial))
+            result = fit(hp, self.task, budget, seeds, self.device, reporter, checkpoint_of(study, trial))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
             raise workers.TrialFailed(f"out of memory at {hp}") from None
-        values = scores(result)
+        values = scores(result) | {"cost": result.cost}
         return tuple(values[name] for name in OBJECTIVES[self.objective])
 
     def clear(self, study: workers.Study, trial: FrozenTrial) -> None:
@@ -390,8 +480,11 @@ class Search:
 class _Reporter:
     """Tells the database how a training goes, and ends one that is hopeless; fit calls it after each scoring."""
 
-    def __init__(self, trial: optuna.Trial, objective: str, n_steps: int) -> None:
-        self.trial, self.objective, self.n_steps = trial, objective, n_steps
+    def __init__(
+        self, study: workers.Study, trial: optuna.Trial, objective: str, pruner: str, n_steps: int, whole_cost: float
+    ) -> None:
+        self.study, self.trial, self.objective, self.pruner = study, trial, objective, pruner
+        self.n_steps, self.whole_cost = n_steps, whole_cost
         self.n_reported, self.started = 0, time.perf_counter()
 
     def __call__(self, result: Fit) -> None:
@@ -406,9 +499,13 @@ class _Reporter:
                 self.trial.report(scores(result, at)[name], at + 1)
             self.n_reported = len(result.steps)
             is_hopeless = not is_last and self.trial.should_prune()
+        elif self.pruner == "equal_cost" and not is_last:
+            at, val_ce = len(result.steps), scores(result)["val_ce"]
+            is_hopeless = too_bad_for_its_cost(self.study, at, self.whole_cost, val_ce)
         if is_last or is_hopeless:  # not each time: it takes as long as all else that the database is told
             record = trial_record(result) | provenance()
             record["train_seconds"] = time.perf_counter() - self.started
+            record["whole_cost"] = self.whole_cost
             for key, value in record.items():
                 self.trial.set_user_attr(key, value)
         if is_hopeless:
@@ -421,16 +518,20 @@ def checkpoint_of(study: optuna.Study, trial: optuna.Trial | optuna.trial.Frozen
     return storage.REPORTS.parent / "runs" / "checkpoints" / name
 
 
-def relative_time(hyperparameters: Hyperparameters, task: Task, n_steps: int, n_replicas: int) -> float:
+def relative_time(
+    hyperparameters: Hyperparameters, task: Task, n_steps: int, n_replicas: int, n_scored: int = 0
+) -> float:
     """How long a training takes beside others on the same machine, in units that time_scale turns into seconds.
 
     Time goes into reading and writing activations, about 12 numbers for each of a layer's (d), and into products: 128
     multiply-adds take about as long as one number. That fits steps of four shapes (d 16 to 64) on a CPU with AVX2 to
     within 10 %.
+    n_scored: samples that each replica is scored on, each of which takes a third of what it takes in a step.
     """
     hp = hyperparameters
     activations = task.n_areas * min(hp.seq_len, task.n_tokens) * (task.n_features + 12 * hp.d * hp.n_layers)
-    return (activations + multiply_adds(hp, task) / 128) * hp.batch_size * n_steps * n_replicas
+    n_samples = (hp.batch_size * n_steps + n_scored / 3) * n_replicas
+    return (activations + multiply_adds(hp, task) / 128) * n_samples
 
 
 def seconds_of(trial: FrozenTrial) -> float:
@@ -443,7 +544,9 @@ def time_scale(study: workers.Study, task: Task) -> float:
     budget, rates = study.user_attrs["fingerprint"]["budget"], []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         known = {name: KINDS[name](value) for name, value in trial.params.items() if name in KINDS}
-        units = relative_time(Hyperparameters(**known), task, budget["n_steps"], budget["n_replicas"])
+        n_steps = trial.params.get(LENGTH, budget["n_steps"])
+        how_much = n_steps, budget["n_replicas"], budget["n_validation"]
+        units = relative_time(Hyperparameters(**known), task, *how_much)
         rates.append(seconds_of(trial) / units)
     return float(np.median(rates)) if rates else 0.0
 
@@ -476,6 +579,8 @@ def trial_record(result: Fit) -> dict[str, Any]:
         n_diverged=sum(step is not None for step in result.diverged_at),
         step_time_ms=round(result.step_time_ms, 3),
         samples_seen=result.samples_seen,
+        cost=result.cost,
+        n_classes=result.model.config["n_classes"],
         peak_mem_mib=round(result.peak_mem_mib, 1),
         n_parameters=result.n_parameters,
         device=device_name(result.device),
@@ -511,7 +616,7 @@ def records(study: workers.Study) -> pd.DataFrame:
         routed = np.array(curves.get("route_accuracy", [[math.nan]])[-1], dtype=float)
         row["route_accuracy"] = np.nanmean(routed) if np.isfinite(routed).any() else math.nan
         row["n_steps"] = kept.get("steps", [0])[-1]
-        cost = ("n_diverged", "train_seconds", "step_time_ms", "peak_mem_mib", "n_parameters", "samples_seen")
+        cost = ("n_diverged", "train_seconds", "step_time_ms", "peak_mem_mib", "n_parameters", "samples_seen", "cost")
         row |= {name: kept.get(name, math.nan) for name in cost}
         row |= {name: kept.get(name, how.get(name, "")) for name in ("sampler", "pruner")}
         row |= {name: kept.get(name, "") for name in (*ORIGIN, "failure")}
@@ -519,7 +624,9 @@ def records(study: workers.Study) -> pd.DataFrame:
     if not rows:
         raise InputError(f"study {study.study_name!r} has no trial yet; notebooks/tune.ipynb runs them")
     table = pd.DataFrame(rows)
-    recorded = table.columns[table.notna().any() | ~table.columns.str.contains("balanced")]  # older studies have none
+    recorded = table.columns[
+        table.notna().any() | ~table.columns.str.contains("balanced|^cost$")
+    ]  # older studies have none
     return table[recorded]
 
 

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import sqlite3
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -143,7 +142,7 @@ def _patiently(url, call):
                 raise StorageError(f"{_place(url)} cannot be used{after}: {reason}") from None
             if waited > 5 and not announced:
                 announced = True
-                print(f"waiting for {_place(url)}: {reason}", file=sys.stderr, flush=True)
+                print(f"waiting for {_place(url)}: {reason}", flush=True)
         time.sleep(pause * random.uniform(0.5, 1))
         pause = min(2 * pause, 5)
 

@@ -2,12 +2,12 @@
 
 import copy
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
-from multiprocessing import parent_process
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ SCORED = ("interim", "validation")  # the splits that a training is scored on
 SCHEDULES = ("one_cycle", "constant")
 # What can be left out: the controller's weights (all areas count alike), the message between areas, the gate's noise.
 PARTS = ("routing", "message", "noise")
+PROGRESS_SECONDS = 2  # between two updates of the line that says how far a training is
 CHECKPOINT_SECONDS = 30  # a training shorter than this is cheaper to repeat than to keep
 
 
@@ -144,6 +145,7 @@ class Fit:
     diverged_at: list[int | None] = field(default_factory=list)  # step (from 1) of the first loss that was not finite
     step_time_ms: float = float("nan")  # one training step of all replicas, without scoring
     samples_seen: int = 0  # by each replica
+    cost: float = 0.0  # multiply-adds of each replica's steps, as training_cost counts them
     peak_mem_mib: float = float("nan")  # CUDA's own figure; on the CPU the process's peak growth
 
     @property
@@ -334,7 +336,7 @@ def fit(
 
     clock = _Clock(training, result)
     saved = time.monotonic()
-    for step in _with_progress_bar(range(clock.step + 1, budget.n_steps + 1)):
+    for step in _with_progress(range(clock.step + 1, budget.n_steps + 1), is_told=not checkpoint):
         training.step()
         if step in eval_steps:
             train_ce = training.mean_loss(step - (result.steps[-1] if result.steps else 0))
@@ -372,18 +374,30 @@ class _Clock:
         self.result.step_time_ms = 1000 * self.seconds / step
 
 
-def _with_progress_bar(steps):
-    """The steps behind a progress bar on stderr, where tqdm is installed; it leaves nothing behind.
+def _with_progress(steps: range, is_told: bool) -> Iterator[int]:
+    """The steps. In a notebook a line says every two seconds how far they are, and at the end how long they took.
 
-    A worker process shows none, because the bars of several processes would overwrite each other.
+    is_told: whether there is such a line; searches and confirmations, which have lines of their own, need none.
     """
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return steps
-    if parent_process() is not None:
-        return steps
-    return tqdm(steps, "training", leave=False, delay=2, mininterval=2, unit="step")
+    if not is_told or not hasattr(sys.modules.get("IPython"), "get_ipython"):
+        yield from steps
+        return
+    from IPython import get_ipython
+    from IPython.display import DisplayHandle
+
+    if get_ipython() is None:
+        yield from steps
+        return
+    line, started = DisplayHandle(), time.monotonic()
+    shown = started
+    for step in steps:
+        if time.monotonic() - shown >= PROGRESS_SECONDS:
+            show = line.display if shown == started else line.update
+            show({"text/plain": f"training: step {step} of {steps.stop - 1}"}, raw=True)
+            shown = time.monotonic()
+        yield step
+    if shown > started:
+        line.update({"text/plain": f"trained for {len(steps)} steps in {time.monotonic() - started:.0f} s"}, raw=True)
 
 
 def _move_to(device, task, hp, budget):
@@ -408,6 +422,7 @@ def _record(training, result, step, train_ce):
     result.steps.append(step)
     result.diverged_at = [at or None for at in training.diverged.tolist()]
     result.samples_seen = step * result.hyperparameters.batch_size
+    result.cost = training_cost(result.hyperparameters, training.task, step)
     result.peak_mem_mib = training.peak_mem_mib()
 
 
@@ -451,6 +466,14 @@ def untrained(
 def _model(hp, task, n_replicas, seed):
     sizes = (task.n_features, hp.d, hp.rank, task.n_areas, hp.n_layers, task.n_classes)
     return CTBPRN(*sizes, hp.temperature, n_replicas, seed=seed)
+
+
+def training_cost(hyperparameters: Hyperparameters, task: Task, n_steps: int) -> int:
+    """The multiply-adds of training one replica for so many steps, which no busy machine changes.
+
+    The forward and the backward pass of a sample together count as three forward passes (see multiply_adds).
+    """
+    return 3 * multiply_adds(hyperparameters, task) * hyperparameters.batch_size * n_steps
 
 
 def multiply_adds(hyperparameters: Hyperparameters, task: Task) -> int:

@@ -18,7 +18,6 @@ import hashlib
 import os
 import random
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -160,7 +159,7 @@ def begin(study: Study, work: Work, ends_at: float = float("inf")) -> optuna.Tri
         if time.time() > ends_at:
             return None
         if pause == POLL and parent_process() is None:  # a worker process leaves it to its parent to say something
-            print(f"waiting for trials that other workers run: {n_running}", file=sys.stderr, flush=True)
+            print(f"waiting for trials that other workers run: {n_running}", flush=True)
         time.sleep(pause * random.uniform(0.5, 1))
         pause = min(1.5 * pause, 5 * POLL)
 

@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -141,6 +142,7 @@ def run_here(monkeypatch):
     shown = []
     monkeypatch.delenv("CTBPRN_STORAGE", raising=False)
     monkeypatch.setattr("IPython.display.publish_display_data", lambda *_: None)
+    monkeypatch.setattr("IPython.display.display", lambda *_, **__: types.SimpleNamespace(update=lambda figure: None))
 
     def run(root, name, **parameters):
         scope = {"In": []}  # as IPython keeps the cells that have run
@@ -184,8 +186,8 @@ class Project(type(pathlib.Path())):
 
         path = self / "notebooks" / "analyze.ipynb"
         notebook = nbformat.read(path, as_version=4)
-        tables = (cell for cell in notebook.cells[6:] if "all_trials" in cell.source or "raw_data" in cell.source)
-        notebook.cells = [*notebook.cells[:8], *tables]
+        shown = ("all_trials", "raw_data", "trials_finding")
+        notebook.cells = [*notebook.cells[:6], *(c for c in notebook.cells[6:] if any(n in c.source for n in shown))]
         nbformat.write(notebook, path)
 
     def publish(self, study):

@@ -41,6 +41,8 @@ def test_the_candidates_are_the_best_trials_the_published_two_and_the_defaults(s
         if run.role.startswith("trial"):
             params = study.trials[int(run.role.split()[1])].params
             assert all(getattr(run.hyperparameters, name) == params[name] for name in SMALL)
+    fixed = confirm.candidates(trials, small_task, 4, n_top=1, space={"d": [16], "lr": [0.1, 0.2], "n_layers": [1]})
+    assert fixed[-1].hyperparameters == replace(Hyperparameters(), d=16, n_layers=1, seq_len=small_task.n_tokens)
 
 
 def test_an_ablation_moves_one_thing_at_a_time_through_four_levels_and_past_an_end_where_the_best_lies():

@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import bs4
 import nbformat
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nbconvert.filters import markdown2html
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from test_report import made_up
 
@@ -575,7 +577,12 @@ NASTY = ["<img src=x onerror=alert(1)>", "**b** `c` [l](http://e) | # $x_1$ \\ ~
 @pytest.mark.parametrize("name", NASTY)
 def test_names_from_outside_are_shown_as_text(name):
     shown = outside(name)
-    assert not set(shown) & set("<>|`*[]$\\~\n\x1b\u202e") and shown.isprintable()
+    assert shown.isprintable() and not re.search(r"(?<!\\)[<>|`*\[\]~&](?!#36;)", shown.replace("\\\\", ""))
+    table = f"| a | b |\n| --- | --- |\n| {shown} | {shown} |\n\nIn a sentence: {shown}"
+    page = bs4.BeautifulSoup(markdown2html(table), "html.parser")
+    assert [cell.get_text() for cell in page.find_all("td")] == [files.printable(name).strip()] * 2
+    assert page.p.get_text() == f"In a sentence: {files.printable(name)}".rstrip()
+    assert {tag.name for tag in page.find_all()} <= {"table", "thead", "tbody", "tr", "th", "td", "p"}
     command = f"```\npapermill -p task {files.word(name)}\n```"
     assert command.count("```") - name.count("```") == 2 and len(command.splitlines()) == 3
 

@@ -41,10 +41,12 @@ def test_a_report_says_what_was_measured_and_what_was_counted(trial_2):
     assert "process" not in report.render(None, "memory", done.assign(device="NVIDIA H100"), 4)
     about = {"recommended": "trial 3: n_steps 40", "memory": trial_2, "memory_of_trial_2": trial_2}
     printed = report.render(None, "counted_memory", facts_with(about))
-    assert f"trial 3: n_steps 40 takes {trial_2['mib']:.0f} MiB" in printed and "derived, not run" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("| trial 3, trained for 40 steps |"))
+    assert f"| {trial_2['mib']:.0f} |" in row and "derived, not run" in printed
     for card in trial_2["cards"]:
-        share = f"GPU with {card['gib']} GiB that is {100 * card['share']:.2f} %"
-        assert share in printed and f"largest batch that fits is {card['largest_batch']:,}" in printed
+        assert f"Largest batch on {card['gib']} GiB" in printed
+        assert f"| {card['largest_batch']:,} ({100 * card['share']:.2f} %) |" in row
+    assert "published trial 2" not in printed  # it would say the same again
     assert report.render(None, "counted_memory", facts_with({})) == ""
 
 

@@ -197,7 +197,11 @@ def test_what_will_run_is_printed(capsys):
         ("n_steps", 10.0, "n_steps must be a whole number, got 10.0"),
         ("seed", -1, "seed must be"),
         ("task", 3, "task must be text"),
-        ("objective", "val_accurac", r"must be one of val_ce, val_accuracy, both \(did you mean val_accuracy\?\)"),
+        (
+            "objective",
+            "val_accurac",
+            r"must be one of val_ce, val_accuracy, both, ce_cost \(did you mean val_accuracy\?\)",
+        ),
         ("sampler", "tpee", "did you mean tpe"),
         ("pruner", None, "pruner must be text"),
         ("precision", "fp16", "precision must be one of"),

@@ -5,10 +5,11 @@ import math
 
 import numpy as np
 import optuna
+import pandas as pd
 import pytest
 from crew import SPACE
 
-from ctbprn_lib import InputError, confirm, report, search, storage, tasks
+from ctbprn_lib import InputError, confirm, report, search, storage, tasks, train
 from ctbprn_lib.report import figures
 from ctbprn_lib.train import Budget
 
@@ -82,9 +83,10 @@ def test_a_replica_that_diverged_counts_as_chance_in_the_mean_and_in_its_interva
 
 @pytest.mark.parametrize("sampler", search.SAMPLERS)
 def test_every_sampler_runs_with_every_pruner(reports, small_task, sampler):
-    for n_trials, pruner in enumerate(search.PRUNERS, 1):
+    pruners = [name for name in search.PRUNERS if name != "equal_cost"]  # which goes with another objective
+    for n_trials, pruner in enumerate(pruners, 1):
         study = run(small_task, n_trials, sampler=sampler, pruner=pruner)
-    assert len(study.trials) == len(search.PRUNERS) and all(t.state in search.FINISHED for t in study.trials)
+    assert len(study.trials) == len(pruners) and all(t.state in search.FINISHED for t in study.trials)
 
 
 @pytest.mark.parametrize(("objective", "n"), [("val_ce", 1), ("val_accuracy", 1), ("both", 2)])
@@ -222,3 +224,24 @@ def test_a_hyperparameter_that_was_added_is_searched_trained_ablated_and_reporte
         (tmp_path / "space.yaml").write_text(f"weight_decay: {text}\n")
         with pytest.raises(InputError, match=f"weight_decay.*{said}"):
             search.load_space(tmp_path / "space.yaml", small_task)
+
+
+def test_a_search_over_cost_keeps_to_its_limit_and_refuses_what_does_not_fit(reports, small_task):
+    space = search.cost_space(small_task) | {"d": [8], "batch_size": [4, 8], "n_layers": [1]}
+    space["n_steps"] = {"low": 2, "high": 40, "log": True}
+    budget = Budget(40, 2, n_validation=64)
+    limit = 2 * train.training_cost(train.Hyperparameters(d=8, batch_size=4, seq_len=4, n_layers=1), small_task, 10)
+    how = dict(task=small_task, space=space, budget=budget)
+    study = search.open_study("cost", objective="ce_cost", pruner="equal_cost", most_cost=limit, **how)
+    search.run_trials(study, 8, **how)
+    trials = search.records(study)
+    shortest = trials["n_steps"] == 2
+    assert (trials["cost"][~shortest] <= limit).all() and trials["n_steps"].nunique() > 1
+    whole = trials[trials["state"] == "complete"]
+    for row in whole.to_dict("records"):
+        hp = search.hyperparameters(pd.Series(row))
+        assert row["cost"] == train.training_cost(hp, small_task, row["n_steps"])
+    with pytest.raises(InputError, match="n_steps"):
+        search.open_study("other", objective="ce_cost", pruner="none", **how | {"space": {"d": [8]}})
+    with pytest.raises(InputError, match="cannot compare trainings of unequal lengths"):
+        search.open_study("other", objective="ce_cost", pruner="median", **how)

@@ -114,14 +114,14 @@ def like_a_gpu(monkeypatch):
 def test_a_training_that_is_used_again_begins_anew(small_task, like_a_gpu, monkeypatch):
     budget = Budget(6, 2, n_evals=2, n_validation=32)
     settings = [dataclasses.replace(HP, lr=lr, temperature=t) for lr, t in ((5e-3, 1.0), (1e-2, 0.5), (5e-3, 1.0))]
-    again = [(fit(hp, small_task, budget, seed), seed) for seed, hp in enumerate(settings)]
+    again = [(fit(hp, small_task, budget, seed, "cpu"), seed) for seed, hp in enumerate(settings)]
     assert train.Training.cache_info().misses == 1
     monkeypatch.undo()
     for (used, seed), hp in zip(again, settings, strict=True):
-        fresh = fit(hp, small_task, budget, seed)
+        fresh = fit(hp, small_task, budget, seed, "cpu")
         for name, curve in fresh.curves.items():
             np.testing.assert_array_equal(used.curves[name], curve)
-    fit(HP, small_task, Budget(1, 1, n_validation=16))  # fewer steps than the warm-up has
+    fit(HP, small_task, Budget(1, 1, n_validation=16), 0, "cpu")  # fewer steps than the warm-up has
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -167,7 +167,8 @@ class PoisonedTask:
 
 def test_a_diverged_replica_is_recorded_with_its_step_and_harms_no_neighbour(small_task):
     budget = Budget(10, 3, n_evals=5, n_validation=64)
-    clean, poisoned = fit(HP, small_task, budget, 0), fit(HP, PoisonedTask(small_task), budget, 0)
+    clean = fit(HP, small_task, budget, 0, "cpu")  # a GPU would replay the first draw
+    poisoned = fit(HP, PoisonedTask(small_task), budget, 0, "cpu")
     assert poisoned.diverged_at == [None, 3, None]
     assert np.isnan(poisoned.curves["val_ce"][:, 1]).tolist() == [False, True, True, True, True]
     np.testing.assert_allclose(poisoned.val_ce[[0, 2]], clean.val_ce[[0, 2]], rtol=1e-5)

@@ -23,6 +23,7 @@ from ctbprn_lib.search import HYPERPARAMETERS
 Interval = tuple[float, float, float]  # mean, low, high
 Row = dict[str, Any]
 GOAL = {"accuracy": 0.995, "ce": 0.02}  # this project's, on the routing task
+WITH_GOAL = ("ctbprn", "frontier")  # the studies of this project, whose reports speak of its goal
 SHOW_BALANCED = 0.6  # share of the largest class above which accuracy says little by itself
 RULES = ("majority class", "linear rule")  # the simple rules that a result must beat, of a task's baselines
 SHAPE = ["d", "rank", "batch_size", "seq_len"]  # hyperparameters that memory depends on
@@ -83,6 +84,11 @@ class Facts:
     def score(self) -> str:
         """The column of the score that the search was for."""
         return "val_accuracy" if self.question["objective"] == "val_accuracy" else "val_ce"
+
+    @property
+    def states_goal(self) -> bool:
+        """Whether this is a study of the project, so that its report speaks of the project's goal."""
+        return self.name in WITH_GOAL
 
     @property
     def show_balanced(self) -> bool:
@@ -178,6 +184,14 @@ class Facts:
         return Rule(best, levels.pop(best), levels)
 
     @property
+    def references(self) -> dict[str, float]:
+        """{name: test accuracy} of the lines that a picture of test accuracies shows: the best rule and the ceiling."""
+        if not self.baselines:
+            return {}
+        ceiling = {"ceiling": self.baselines["ceiling"]} if "ceiling" in self.baselines else {}
+        return {self.rule.name: self.rule.accuracy} | ceiling
+
+    @property
     def beside_rule(self) -> tuple[str, float, float]:
         """(beside of the best accuracy and the best simple rule, low, high), low to high its interval over samples."""
         row = self.by_accuracy
@@ -255,6 +269,12 @@ class Confirmed:
         name = self.about.get("recommended", self.base)
         return name if (self.runs["name"] == name).any() else self.base
 
+    @property
+    def shown(self) -> list[str]:
+        """The configurations that the report shows, best CE first: the candidates and what is recommended."""
+        names = list(dict.fromkeys([self.recommended, *self.comparisons.roles]))
+        return sorted(names, key=lambda name: float(self.scores(name, "test_ce").mean()))
+
     def gain(self, rival: str) -> Interval:
         """By how much the accuracy of the recommended configuration lies above that of a rival."""
         ours, theirs = (self.scores(name, "test_accuracy") for name in (self.recommended, rival))
@@ -314,9 +334,11 @@ class Confirmed:
 
     @property
     def missed(self) -> dict[str, float]:
-        """By how much the project's goal is missed: {"accuracy": share, "ce": nats}, without what is reached."""
-        accuracy = self.scores(self.best["accuracy"], "test_accuracy").mean()
-        ce = self.scores(self.best["ce"], "test_ce").mean()
+        """By how much what is recommended misses the project's goal: {"accuracy": share, "ce": nats}.
+
+        What is reached is left out.
+        """
+        accuracy, ce = (self.scores(self.recommended, name).mean() for name in ("test_accuracy", "test_ce"))
         gaps = {"accuracy": GOAL["accuracy"] - accuracy, "ce": ce - GOAL["ce"]}
         return {name: gap for name, gap in gaps.items() if gap > 0}
 

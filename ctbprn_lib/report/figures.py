@@ -1,9 +1,11 @@
 """Pictures: each function draws on the ax it is given and returns it; none computes.
 
-Colours: Okabe and Ito's palette, which colour-blind readers can tell apart.
+Colours: Okabe and Ito's palette, which colour-blind readers can tell apart, its light ones darkened until their
+contrast with white is at least 3.
 """
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,15 +14,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import ArrayLike
 
-from ctbprn_lib import evidence, files
+from ctbprn_lib import evidence, files, search, workers
 from ctbprn_lib.search import PLACEBO
 from ctbprn_lib.train import TABLE
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#777777",
+    "#0072B2", "#B87C00", "#009473", "#D55E00", "#B8649A", "#2A8FC8", "#777777",
 )  # fmt: skip
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 FOREST = {
@@ -54,6 +58,7 @@ STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "legend.fontsize": 9,
+    "svg.fonttype": "none",  # text stays text
 }
 mpl.rcdefaults()  # pictures are the same whatever the user's own matplotlibrc says
 mpl.rcParams.update(STYLE)
@@ -63,12 +68,21 @@ FEW = 6  # trials, of which each has its number beside it
 LONGEST_NAME = 30  # characters of a name from outside that a picture has room for
 
 
+def name_points(points: Line2D, names: Sequence[str]) -> None:
+    """Give each point of a line a name, which a page shows when the mouse rests on the point.
+
+    The names travel as the gid of the line, where SVG has an id (see publish.svg_of).
+    """
+    points.set_gid(json.dumps(list(names)))
+
+
 def scatter(
     ax: Axes, trials: pd.DataFrame, x: str, y: str, color: str = BLUE, label: str | None = None, annotate: bool = True
 ) -> Axes:
     """One point a trial with its interval over replicas, where the columns <name>_low and <name>_high hold one."""
     xs, ys = _scaled(trials, x), _scaled(trials, y)
-    ax.errorbar(xs, ys, xerr=_bars(trials, x), yerr=_bars(trials, y), color=color, label=label, **POINTS)
+    bars = ax.errorbar(xs, ys, xerr=_bars(trials, x), yerr=_bars(trials, y), color=color, label=label, **POINTS)
+    name_points(bars.lines[0], trial_names(trials))
     ax.set(xlabel=LABELS[x], ylabel=LABELS[y])
     if x == "lr":
         ax.set_xscale("log")
@@ -77,6 +91,35 @@ def scatter(
         _numbers(ax, trials, x, y)
     if label:
         ax.legend()
+    return ax
+
+
+def configurations(
+    ax: Axes,
+    scores: Mapping[str, ArrayLike],
+    intervals: Mapping[str, tuple[float, float, float]],
+    references: Mapping[str, float],
+) -> Axes:
+    """One row a configuration, the first on top: a dot for each seed, and above them the mean with its interval.
+
+    scores: {configuration: (seeds,)} test accuracies. intervals: {configuration: (mean, low, high)}. references:
+    {label: accuracy}, drawn as vertical lines.
+    """
+    rows = range(0, -len(scores), -1)
+    for row, (name, values) in zip(rows, scores.items(), strict=True):
+        seeds = 100 * np.asarray(values, dtype=float)
+        spread = 0.12 * np.sin(2.4 * np.arange(len(seeds)))  # so that equal scores do not cover each other
+        (dots,) = ax.plot(seeds, row - 0.12 + spread, "o", ms=3.5, alpha=0.8, mew=0, color=BLUE)
+        name_points(dots, [f"{name}, seed {n}: {score:.2f} %" for n, score in enumerate(seeds, 1)])
+        mean, low, high = 100 * np.array(intervals[name])
+        bar = ax.errorbar([mean], [row + 0.22], xerr=[[mean - low], [high - mean]], color=RED, **POINTS)
+        name_points(bar.lines[0], [f"{name}: {mean:.1f} % [{low:.1f}, {high:.1f}]"])
+    for (label, value), style in zip(references.items(), ("--", ":", "-."), strict=False):
+        ax.axvline(100 * value, color=GREY, ls=style, label=f"{label} {100 * value:.1f} %")
+    ax.set_yticks(rows, list(scores))
+    ax.set(xlabel=LABELS["test_accuracy"], ylim=(0.6 - len(scores), 0.6))
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=3)
     return ax
 
 
@@ -108,12 +151,40 @@ def history(ax: Axes, trials: pd.DataFrame, score: str, best: np.ndarray) -> Axe
     for state, color in (("complete", BLUE), ("pruned", ORANGE)):
         part = trials[trials["state"] == state]
         if len(part):
-            ax.errorbar(part["trial"], _scaled(part, score), _bars(part, score), color=color, label=state, **POINTS)
+            bars = ax.errorbar(
+                part["trial"], _scaled(part, score), _bars(part, score), color=color, label=state, **POINTS
+            )
+            name_points(bars.lines[0], trial_names(part))
     ax.step(trials["trial"], _scale(score) * best, where="post", color=GREEN, label="best so far")
     ax.set(xlabel="trial", ylabel=LABELS[score])
     ax.xaxis.set_major_locator(_whole_numbers())
     ax.legend()
     return ax
+
+
+def trial_names(trials: pd.DataFrame) -> list[str]:
+    """What a page says of each trial when the mouse rests on its point: number, settings and scores."""
+    names = []
+    for row in trials.to_dict("records"):
+        shown = {"accuracy": ("val_accuracy", "{:.1%}"), "CE": ("val_ce", "{:.3f}")}
+        scores = [f"{label} {form.format(row[name])}" for label, (name, form) in shown.items() if name in row]
+        settings = [f"{name} {TABLE[name].text(row[name])}" for name in TABLE if name in row and row[name] == row[name]]
+        names.append(f"trial {row['trial']}: {', '.join(scores + settings)}")
+    return names
+
+
+def history_of(study: workers.Study) -> Figure:
+    """The picture of a search that is under way: see history. It shows nothing while there is no finished trial."""
+    fig = Figure(figsize=(7, 3.2))
+    ax = fig.subplots()
+    accuracy = study.user_attrs["fingerprint"]["objective"] == "val_accuracy"
+    score = "val_accuracy" if accuracy else "val_ce"
+    ax.set(xlabel="trial", ylabel=LABELS[score])
+    if any(trial.state in workers.FINISHED for trial in study.get_trials(deepcopy=False)):
+        trials = search.records(study)
+        so_far = trials[score].where(trials["state"] == "complete")
+        history(ax, trials, score, (so_far.cummax() if accuracy else so_far.cummin()).ffill().to_numpy())
+    return fig
 
 
 def slice_of(ax: Axes, trials: pd.DataFrame, name: str, score: str, levels: Sequence[float] | None = None) -> Axes:
@@ -164,7 +235,13 @@ def forest(ax: Axes, effects: pd.DataFrame, margin: float) -> Axes:
         part = effects[rows]
         bars = 100 * np.array([part["effect"] - part["low"], part["high"] - part["effect"]])
         if len(part):
-            ax.errorbar(100 * part["effect"], at[rows], xerr=bars, color=color, label=label, **POINTS)
+            drawn = ax.errorbar(100 * part["effect"], at[rows], xerr=bars, color=color, label=label, **POINTS)
+            shown = zip(
+                part["label"], part["verdict"], *(100 * part[c] for c in ("effect", "low", "high")), strict=True
+            )
+            name_points(
+                drawn.lines[0], [f"{n}: {e:+.1f} [{low:+.1f}, {high:+.1f}], {v}" for n, v, e, low, high in shown]
+            )
     for place, (before, group) in enumerate(itertools.pairwise(effects["group"])):
         if before != group:
             ax.axhline(-place - 0.5, color=GREY, lw=0.6)
@@ -182,7 +259,7 @@ def accuracy_and_routing(ax: Axes, runs: pd.DataFrame, threshold: float) -> Axes
     """
     for (label, part), color in zip(runs.groupby("group", sort=False), CYCLE, strict=False):
         xs, ys = _scaled(part, "route_accuracy"), _scaled(part, "test_accuracy")
-        ax.plot(xs, ys, "o", ms=4, alpha=0.6, color=color, label=label)
+        ax.plot(xs, ys, "o", ms=4, alpha=0.8, color=color, label=label)
     ax.axvline(100 * threshold, color=GREY, ls="--", label="has learnt to route")
     ax.set(xlabel=LABELS["route_accuracy"], ylabel=LABELS["test_accuracy"])
     ax.legend()

@@ -6,22 +6,30 @@ other notebook. A notebook writes into a folder beside the published one, and on
 
 import base64
 import fcntl
+import html
 import io
+import json
 import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+from xml.etree import ElementTree
 
 from ctbprn_lib import InputError
 from ctbprn_lib.storage import REPORTS, study_folder
 
 if TYPE_CHECKING:
+    from bs4 import BeautifulSoup, Tag
+    from IPython.display import Image
     from matplotlib.figure import Figure
     from nbformat import NotebookNode
 
 HERE = Path(__file__).parent
+COLOURS = 64  # of a PNG file
+MOST_SVG = 60_000  # characters of a picture that the HTML page holds as SVG
 
 
 def check_folders(study_name: str) -> None:
@@ -53,21 +61,60 @@ def _staged(study_name: str) -> Path:
 
 
 def show(fig: "Figure", path: Path, alt: str) -> None:
-    """Save fig as a PNG file at path and show it in the notebook.
+    """Save fig as a PNG file at path, in a palette of COLOURS, and show it in the notebook.
 
-    The published page points at the file, with alt as its alternative text.
+    The published page in Markdown points at the file, with alt as its alternative text. The HTML page holds it as SVG,
+    so that its points have names (see figures.name_points), unless that is longer than MOST_SVG.
     """
     import matplotlib.pyplot as plt
     from IPython.display import publish_display_data
+    from PIL import Image as Pixels
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    png = io.BytesIO()
-    fig.savefig(png, format="png")
+    drawn, png = io.BytesIO(), io.BytesIO()
+    fig.savefig(drawn, format="png")
+    fig.set_layout_engine("none")  # what it has arranged stays, and is not worked out again for the SVG
+    Pixels.open(drawn).convert("RGB").quantize(COLOURS).save(png, "png", optimize=True)
+    svg = svg_of(fig, path.name)
     plt.close(fig)
     path.write_bytes(png.getvalue())
     data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": alt}
-    publish_display_data(data, {"image/png": {"alt": alt}, "file": f"{path.parent.name}/{path.name}"})
+    metadata = {"image/png": {"alt": alt}, "file": f"{path.parent.name}/{path.name}"}
+    publish_display_data(data, metadata | ({"svg": svg} if len(svg) <= MOST_SVG else {}))
+
+
+def image(fig: "Figure") -> "Image":
+    """A picture that a notebook can show and update in place, whatever backend matplotlib has there."""
+    from IPython.display import Image
+
+    png = io.BytesIO()
+    fig.savefig(png, format="png", dpi=100)
+    return Image(png.getvalue(), format="png")
+
+
+def svg_of(fig: "Figure", name: str) -> str:
+    """A picture as an SVG element. Points that figures.name_points has named show their names as titles.
+
+    name: of the picture, different from that of all others on the page.
+    """
+    import matplotlib as mpl
+
+    file = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": name}):  # which the ids in it begin with
+        fig.savefig(file, format="svg", metadata={"Date": None})
+    space = "http://www.w3.org/2000/svg"
+    ElementTree.register_namespace("", space)
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    svg = ElementTree.fromstring(file.getvalue())
+    for metadata in svg.findall(f"{{{space}}}metadata"):
+        svg.remove(metadata)
+    for group in svg.iter(f"{{{space}}}g"):
+        names = group.attrib.pop("id", "")
+        if names.startswith("["):
+            for point, text in zip(group.iter(f"{{{space}}}use"), json.loads(names), strict=False):
+                ElementTree.SubElement(point, f"{{{space}}}title").text = text
+    return ElementTree.tostring(svg, encoding="unicode")
 
 
 def publish(study_name: str, storage: str = "") -> Path:
@@ -88,7 +135,7 @@ def publish(study_name: str, storage: str = "") -> Path:
             {"study_name": study_name, "storage": storage},
             cwd=REPORTS.parent,
             progress_bar=False,
-            extra_arguments=[f"--ipython-dir={own}"],
+            extra_arguments=[f"--ipython-dir={own}", "--log-level=ERROR"],
         )
         return publish_notebook(executed, study_name)
 
@@ -106,18 +153,14 @@ def publish_notebook(notebook: str | Path, study_name: str) -> Path:
     code = [cell for cell in nb.cells if cell.cell_type == "code" and cell.source.strip()]
     if any(not c.execution_count or any(o.output_type == "error" for o in c.outputs) for c in code):
         raise InputError(f"{notebook} has not been run to its end; what is published stays as it is")
-    _keep_what_is_published(nb)
+    pictures = _keep_what_is_published(nb)
     title = next(c.source.splitlines()[0].lstrip("# ") for c in nb.cells if c.cell_type == "markdown")
     staged, folder = _staged(study_name), study_folder(study_name)
-    pictures = staged if staged.exists() else folder  # a notebook may be converted once more
-    resources = {"metadata": {"path": str(pictures), "name": title}, "page_title": title}
-    resources["page_css"] = (HERE / "page.css").read_text(encoding="utf-8")
-    page_template = (HERE / "page.html.j2").read_text(encoding="utf-8")
     hide = {"exclude_input": True, "exclude_input_prompt": True, "exclude_output_prompt": True}
-    to_markdown = nbconvert.MarkdownExporter(**hide)
-    to_html = nbconvert.HTMLExporter(raw_template=page_template, embed_images=True, **hide)
-    markdown, _ = to_markdown.from_notebook_node(nb, resources=dict(resources))
-    page, _ = to_html.from_notebook_node(nb, resources=dict(resources))
+    markdown, _ = nbconvert.MarkdownExporter(**hide).from_notebook_node(nb)
+    body, _ = nbconvert.HTMLExporter(template_name="basic", **hide).from_notebook_node(nb)
+    # a notebook may be converted once more
+    page = page_of(title, body, pictures, staged if staged.exists() else folder)
     staged.mkdir(parents=True, exist_ok=True)
     made = [path for path in staged.rglob("*") if path.is_file()]
     for name, text in (("report.html", page), ("report.md", re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n")):
@@ -131,20 +174,85 @@ def publish_notebook(notebook: str | Path, study_name: str) -> Path:
     return folder
 
 
-def _keep_what_is_published(nb: "NotebookNode") -> None:
-    """Drop stderr and the outputs of cells tagged "unpublished", and let pictures point at their files."""
+def _keep_what_is_published(nb: "NotebookNode") -> dict[str, str]:
+    """Drop passing outputs and those of cells tagged "unpublished", and let pictures point at their files.
+
+    Returns {file: SVG element} of the pictures that have one.
+    """
     import nbformat
 
+    pictures = {}
     for cell in nb.cells:
         if cell.cell_type != "code":
             continue
         if "unpublished" in cell.metadata.get("tags", []):
             cell.outputs = []
-        cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+        cell.outputs = [output for output in cell.outputs if not _is_passing(output)]
         for output in cell.outputs:
             if "file" in output.get("metadata", {}):
-                alt = output.metadata["image/png"]["alt"]
-                output.data = nbformat.from_dict({"text/markdown": f"![{alt}]({output.metadata['file']})"})
+                file, alt = output.metadata["file"], output.metadata["image/png"]["alt"]
+                if "svg" in output.metadata:
+                    pictures[file] = output.metadata["svg"]
+                output.data = nbformat.from_dict({"text/markdown": f"![{alt}]({file})"})
+    return pictures
+
+
+def _is_passing(output: "NotebookNode") -> bool:
+    """Whether an output was for the one who watched: a warning, or a line that said how far a training was."""
+    is_progress = output.output_type == "display_data" and set(output.data) == {"text/plain"}
+    return is_progress or (output.output_type == "stream" and output.name == "stderr")
+
+
+def page_of(title: str, body: str, pictures: Mapping[str, str], folder: Path) -> str:
+    """One HTML page that loads nothing: body with a table of contents, and with its pictures inside.
+
+    pictures: {file: SVG element}. folder: where the files of all other pictures lie.
+    """
+    import jinja2
+    from bs4 import BeautifulSoup
+
+    soup, inside = BeautifulSoup(body, "html.parser"), {}
+    for anchor in soup.select(".anchor-link"):
+        anchor.decompose()
+    for number, image in enumerate(soup.find_all("img")):
+        file, alt = str(image["src"]), str(image["alt"])
+        mark = f"@picture {number}@"
+        if file in pictures:
+            inside[mark] = pictures[file].replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
+        else:
+            png = base64.b64encode((folder / file).read_bytes()).decode()
+            inside[mark] = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{png}">'
+        figure, caption = soup.new_tag("figure"), soup.new_tag("figcaption")
+        caption.string = alt
+        figure.extend([mark, caption])
+        around = image.parent
+        alone = around is not None and around.name == "p" and len(around.contents) == 1
+        (around if around is not None and alone else image).replace_with(figure)
+    for table in soup.find_all("table"):
+        _complete_table(soup, table)
+    contents = [(heading["id"], heading.get_text()) for heading in soup.find_all("h2")]
+    parts = {name: (HERE / f"page.{name}").read_text(encoding="utf-8") for name in ("css", "js")}
+    template = jinja2.Template((HERE / "page.html.j2").read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
+    page = template.render(title=html.escape(title), contents=contents, body=str(soup), **parts)
+    for mark, picture in inside.items():
+        page = page.replace(mark, picture)
+    return page + "\n"
+
+
+def _complete_table(soup: "BeautifulSoup", table: "Tag") -> None:
+    """Say of a table what it is about and what its first row and column are, and let it scroll by itself."""
+    heading = table.find_previous(["summary", "h1", "h2", "h3"])
+    caption = soup.new_tag("caption")
+    caption.string = heading.get_text() if heading else ""
+    table.insert(0, caption)
+    for cell in table.select("thead th"):
+        cell["scope"] = "col"
+    for row in table.select("tbody tr"):
+        first = row.find("td")
+        if first:
+            first.name, first["scope"] = "th", "row"
+    columns = len(table.select("thead th"))
+    table.wrap(soup.new_tag("div", attrs={"class": f"table columns-{columns}", "tabindex": "0"}))
 
 
 if __name__ == "__main__":

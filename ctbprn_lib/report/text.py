@@ -95,6 +95,42 @@ def verdict(finding: Finding) -> str:
     return answer.verdict
 
 
+def configuration(name: str) -> str:
+    """The name of a configuration as people read it: "trial 3 with learning rate 0.001" for "trial 3: lr 0.001"."""
+    base, _, change = name.partition(": ")
+    if not change:
+        return f"{base.removesuffix(' again')} with other seeds" if base.endswith(" again") else base
+    if change.startswith("without "):
+        part, _, length = change.removeprefix("without ").partition(", ")
+        return f"{base} without {PARTS[part]}" + (f", {length}" if length else "")
+    factor, _, level = change.rpartition(" ")
+    if factor == "n_steps":
+        return f"{base}, trained for {count(float(level), 'step')}"
+    if factor not in FACTORS:
+        return name
+    return f"{base} with {FACTORS[factor][0].lower()}{FACTORS[factor][1:]} {setting(level, factor)}"
+
+
+def question(name: str) -> str:
+    """The name of a question as people read it: "Learning rate 0.001" for "lr 0.001"."""
+    level = re.fullmatch(r"(\w+) ([\d.e+-]+)(, equal samples)?", name)
+    if not level or level[1] not in FACTORS:
+        return name
+    return f"{FACTORS[level[1] + (level[3] or '')]} {setting(level[2], level[1])}"
+
+
+def duration(seconds: float) -> str:
+    """A time as people read it: "0.4 s", "12 s", "3 min", "1.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def capitalized(text: str) -> str:
+    """The text with a capital first letter, and the rest as it is."""
+    return text[0].upper() + text[1:]
+
+
 def fixed(x: float, digits: int) -> str:
     """x with so many digits after the point."""
     return f"{x:.{digits}f}"
@@ -143,8 +179,12 @@ def distinct(values: Iterable[Any]) -> str:
 
 
 def outside(text: Any) -> str:
-    """Text from outside as Markdown and HTML both show it literally, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", lambda m: f"&#{ord(m[0])};", files.printable(text))
+    """Text from outside as Markdown shows it literally, on one line.
+
+    A backslash before punctuation does that, but for the dollar, with which mathematics begins.
+    """
+    escaped = re.sub(r"[\\`*_{}\[\]<>#|~&]", r"\\\g<0>", files.printable(text))
+    return escaped.replace("$", "&#36;")
 
 
 def quoted(names: Sequence[Any], most: int = 3) -> str:
@@ -179,7 +219,8 @@ def environment() -> jinja2.Environment:
         finalize=lambda x: x.rstrip("\n") if isinstance(x, str) else x,  # a macro is part of a line or of a list
     )
     filters: list[Callable[..., Any]] = [percent, nats, signed_points, signed_nats, interval, p, effect, fixed]
-    filters += [commas, count, verdict, setting, span, counted, distinct, outside, quoted, header]
+    filters += [commas, configuration, question, capitalized, duration, count, verdict, setting, span, counted]
+    filters += [distinct, outside, quoted, header]
     env.filters |= {function.__name__: function for function in filters}
     env.filters |= {"label": FACTORS.__getitem__, "rule": RULES.__getitem__, "part": PARTS.__getitem__}
     env.filters |= {"is_finite": math.isfinite, "command_word": files.word, "verdict_on": verdict_on}
