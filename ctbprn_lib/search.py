@@ -39,7 +39,7 @@ OBJECTIVES = {
     "val_ce": ["val_ce"],
     "val_accuracy": ["val_accuracy"],
     "both": ["val_ce", "val_accuracy"],
-    "ce_cost": ["val_ce", "cost"],
+    "ce_cost": ["val_ce", "cost"],  # the values of a trial are their logarithms to the base 10
 }
 DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {
     "val_ce": "minimize",
@@ -465,7 +465,9 @@ class Search:
                 raise
             raise workers.TrialFailed(f"out of memory at {hp}") from None
         values = scores(result) | {"cost": result.cost}
-        return tuple(values[name] for name in OBJECTIVES[self.objective])
+        wanted = [values[name] for name in OBJECTIVES[self.objective]]
+        # A sampler judges a front by the area below it. Without logarithms only its dearest points would count.
+        return tuple(math.log10(value) for value in wanted) if self.objective == "ce_cost" else tuple(wanted)
 
     def clear(self, study: workers.Study, trial: FrozenTrial) -> None:
         """Remove the checkpoint of a trial whose result is in the database."""
