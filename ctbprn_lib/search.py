@@ -172,11 +172,12 @@ def suggest_length(
     limit. A trial that can afford not even the shortest gets that one.
     """
     entry = space[LENGTH]
-    longest = most_cost / training_cost(hyperparameters, task, 1) if most_cost else math.inf
     if isinstance(entry, list):
         steps: int = trial.suggest_categorical(LENGTH, entry)  # type: ignore[assignment]
         return steps
-    high = max(entry["low"], min(entry["high"], int(longest)))
+    high = entry["high"]
+    if most_cost:
+        high = max(entry["low"], min(high, int(most_cost / training_cost(hyperparameters, task, 1))))
     return trial.suggest_int(LENGTH, entry["low"], high, log=entry.get("log", False))
 
 

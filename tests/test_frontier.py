@@ -1,0 +1,109 @@
+"""The front of a search over cost, and the power law along it."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from ctbprn_lib import InputError, frontier, published, search
+from ctbprn_lib.evidence import Schedule
+from ctbprn_lib.train import Hyperparameters, training_cost
+
+
+def trials(costs, errors, states=None):
+    """A table as search.records makes it."""
+    n = len(costs)
+    rows = pd.DataFrame({"trial": range(n), "state": states or ["complete"] * n, "cost": costs, "val_ce": errors})
+    for name, value in dict(lr=1e-3, d=8, rank=2, temperature=1.0, batch_size=4, seq_len=4, n_layers=1).items():
+        rows[name] = value
+    return rows.assign(weight_decay=0.0, n_steps=range(10, 10 + n))
+
+
+def test_the_front_holds_what_nothing_beats_in_both():
+    rng = np.random.default_rng(0)
+    costs, errors = rng.lognormal(size=60), rng.lognormal(size=60)
+    states = ["pruned" if i % 7 == 0 else "complete" for i in range(60)]
+    found = set(frontier.front(trials(costs, errors, states))["trial"])
+    alive = [i for i in range(60) if i % 7]
+    beaten = {i for i in alive for j in alive if costs[j] < costs[i] and errors[j] < errors[i]}
+    assert found == set(alive) - beaten
+    with pytest.raises(InputError, match="no complete trial"):
+        frontier.front(trials([1.0], [1.0], ["pruned"]))
+
+
+def test_a_thinned_front_keeps_the_dearest_and_a_factor_between_costs():
+    costs = np.array([1, 1.5, 1.9, 2.1, 4, 7, 7.9, 8.0])
+    kept = frontier.thinned(trials(costs, 1 / costs))
+    assert kept["cost"].iloc[-1] == 8 and kept["cost"].is_monotonic_increasing
+    assert (kept["cost"].to_numpy()[1:] / kept["cost"].to_numpy()[:-1] >= 2).all()
+    for cost in set(costs) - set(kept["cost"]):  # each that went has a dearer one near it that stayed
+        assert ((kept["cost"] > cost) & (kept["cost"] < 2 * cost)).any()
+
+
+def test_rivals_cost_the_same_and_one_question_is_asked_of_each(small_task):
+    found, rivals = frontier.runs(trials([5.0, 9.0, 40.0], [3.0, 2.0, 1.0]), small_task)
+    assert [run.n_steps for run in found] == [10, 11, 12]
+    two = training_cost(rivals[0].hyperparameters, small_task, 1)
+    for run, rival in zip(found, rivals, strict=True):
+        expected = training_cost(run.hyperparameters, small_task, run.n_steps)
+        assert abs(rival.n_steps * two - expected) <= max(two, expected) / 2 or rival.n_steps == 1
+        assert rival.hyperparameters.d == published.hyperparameters(2).d
+    questions = frontier.plan(found, rivals, Schedule((2, 4), (0.5, 0.5))).questions
+    assert [q.contrasts[0].a for q in questions] == [run.name for run in found]
+    hp = Hyperparameters(d=8, rank=2, batch_size=4, seq_len=4)
+    for steps in (1, 7, 1000):
+        assert frontier.steps_for(hp, small_task, training_cost(hp, small_task, steps)) == steps
+
+
+def test_a_law_is_found_and_agrees_with_scipy():
+    costs = np.geomspace(1e9, 1e12, 9)
+    exact = frontier.PowerLaw.fit(costs, 50 * costs**-0.4)
+    assert exact.slope == pytest.approx(-0.4) and exact.predict(1e13)[0] == pytest.approx(50 * 1e13**-0.4)
+    assert exact.cost_for(50 * 1e14**-0.4)[0] == pytest.approx(1e14, rel=0.01)
+    errors = 50 * costs**-0.4 * np.exp(0.2 * np.random.default_rng(0).normal(size=9))
+    law, other = frontier.PowerLaw.fit(costs, errors), stats.linregress(np.log(costs), np.log(errors))
+    assert (law.slope, law.level) == pytest.approx((other.slope, other.intercept))
+    # far away the interval of the line is that of the slope
+    _, low, high = (np.log(value) for value in law.predict(math.exp(500), of_mean=True))
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 7) * other.stderr * (500 - law.at), rel=0.01)
+
+
+def test_prediction_intervals_hold_what_they_promise():
+    rng, inside, reached = np.random.default_rng(1), [], []
+    costs = np.geomspace(1e9, 1e11, 6)
+    for _ in range(1000):
+        law = frontier.PowerLaw.fit(costs, costs**-0.3 * np.exp(0.1 * rng.normal(size=6)))
+        new = 1e12**-0.3 * math.exp(0.1 * rng.normal())
+        _, low, high = law.predict(1e12)
+        inside.append(low <= new <= high)
+        _, low, high = law.cost_for(1e12**-0.3)
+        reached.append(low <= 1e12 * 1.01 and high * 1.01 >= 1e12)
+    assert 0.93 < np.mean(inside) < 0.97 and 0.93 < np.mean(reached) < 0.975
+
+
+def test_what_no_law_can_be_fitted_to_is_refused():
+    for costs, errors, said in (
+        ([1, 2], [1, 2], "three points"),
+        ([1, 2, 3], [1, 0, 2], "above 0"),
+        ([2, 2, 2], [1, 2, 3], "different costs"),
+    ):
+        with pytest.raises(InputError, match=said):
+            frontier.PowerLaw.fit(costs, errors)
+    flat = frontier.PowerLaw.fit([1e3, 1e4, 1e5, 1e6], [0.5, 0.6, 0.5, 0.6])
+    assert flat.cost_for(1e-9)[2] == math.inf
+
+
+def test_the_objective_keeps_its_scores_beside_its_values(reports, small_task):
+    space = search.cost_space(small_task) | {"d": [8], "rank": [2], "batch_size": [4], "n_layers": [1]}
+    space["n_steps"] = {"low": 2, "high": 6, "log": True}
+    budget = search.Budget(6, 2, n_validation=64)
+    how = dict(task=small_task, space=space, budget=budget)
+    study = search.open_study("cost", objective="ce_cost", pruner="none", **how)
+    search.run_trials(study, 3, **how)
+    table = search.records(study).set_index("trial")
+    for trial in study.trials:
+        of = table.loc[trial.number]
+        assert trial.values == pytest.approx([math.log10(of["val_ce"]), math.log10(of["cost"])])
+    assert len(frontier.front(search.records(study))) == len(study.best_trials)
