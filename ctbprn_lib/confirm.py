@@ -64,6 +64,15 @@ class Run:
             object.__setattr__(self, "name", self.role or f"{self.base}: {self.factor} {self.level:g}")
 
 
+def check(study: optuna.Study) -> None:
+    """Raise InputError for a study whose trials differ in their length of training, which frontier.ipynb confirms."""
+    if search.LENGTH in study.user_attrs["fingerprint"]["space"]:
+        raise InputError(
+            f"the trials of study {study.study_name!r} differ in their length of training, so there is no one base to "
+            "compare with; frontier.ipynb confirms such a study"
+        )
+
+
 def candidates(
     trials: pd.DataFrame,
     task: Task,

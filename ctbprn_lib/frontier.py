@@ -4,9 +4,12 @@ notebooks/frontier.ipynb trains the front again with fresh seeds, beside the pub
 """
 
 import math
-from dataclasses import dataclass, replace
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
+import optuna
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.stats import t as student
@@ -14,12 +17,27 @@ from scipy.stats import t as student
 from ctbprn_lib import InputError, evidence, published, search
 from ctbprn_lib.confirm import Run
 from ctbprn_lib.evidence import Contrast, Plan, Question, Schedule
+from ctbprn_lib.scoring import score
 from ctbprn_lib.tasks import Task
-from ctbprn_lib.train import Hyperparameters, training_cost
+from ctbprn_lib.train import TABLE, Budget, Hyperparameters, fit, training_cost
 
 DOUBLING = 2.0
+FRONT, RIVAL = "front of the search", "published trial 2"  # kinds of points
 MARGIN = 0.002  # a fifth of a point of accuracy: near the ceiling all differences are small
+FEW_STEPS = 20  # after which it is known how fast a network is trained
+SHARE = 0.95  # of a time that a training may take; the rest is for scoring
+TIMING = 3  # first spawn key of the seeds of timed runs; see confirm.CONFIRMING
 DEAREST = 1e30  # multiply-adds: what no law can promise
+
+
+def check(study: optuna.Study) -> None:
+    """Raise InputError for a study that is not over cost, or whose front would be confirmed by another notebook."""
+    objective = study.user_attrs["fingerprint"]["objective"]
+    if objective != "ce_cost":
+        raise InputError(
+            f"study {study.study_name!r} has the objective {objective}, so it has no front over cost; confirm.ipynb "
+            "confirms it, and tune.ipynb with -p objective ce_cost makes a study with a front"
+        )
 
 
 def front(trials: pd.DataFrame) -> pd.DataFrame:
@@ -69,10 +87,35 @@ def plan(found: list[Run], rivals: list[Run], schedule: Schedule) -> Plan:
     """Whether each Run of the front is better than its rival at equal cost: one question each."""
     questions = []
     for run, rival in zip(found, rivals, strict=True):
-        shapes = [(hp.d, hp.rank, hp.n_layers) for hp in (run.hyperparameters, rival.hyperparameters)]
-        contrast = Contrast(run.name, rival.name, paired=shapes[0] == shapes[1])
+        same = (getattr(run.hyperparameters, k) == getattr(rival.hyperparameters, k) for k in TABLE if TABLE[k].shapes)
+        contrast = Contrast(run.name, rival.name, paired=all(same))
         questions.append(Question(run.name, (contrast,), margin=MARGIN))
     return Plan(tuple(questions), schedule)
+
+
+def points(runs: pd.DataFrame, about: dict[str, Any], task: Task) -> pd.DataFrame:
+    """One row a configuration that has been trained, the cheapest first within each kind.
+
+    runs, about: confirm.records, whose about has "front", the names of the front's points.
+    Columns: name, kind (FRONT, RIVAL or "", for one without a part), without, the hyperparameters, n_steps, cost in
+    multiply-adds, seeds, seconds of one seed on one core, device, val_ce, and test_accuracy, test_ce and
+    route_accuracy, each with _low and _high (95 % interval over seeds).
+    """
+    rows = []
+    for configuration, part in runs.groupby("name", sort=False):
+        first = part.iloc[0]
+        hp = search.hyperparameters(first)
+        kind = FRONT if configuration in about["front"] else "" if first["without"] else RIVAL
+        row = {"name": configuration, "kind": kind, "without": first["without"]} | asdict(hp)
+        row |= {"n_steps": int(first["n_steps"]), "cost": training_cost(hp, task, int(first["n_steps"]))}
+        row |= {"seeds": len(part), "seconds": part["train_seconds"].mean() / about["n_seeds"]}
+        row |= {"device": first["device"], "val_ce": part["val_ce"].mean()}
+        for name in ("test_accuracy", "test_ce", "route_accuracy"):
+            ends = evidence.mean_interval(part[name], nats=name == "test_ce")
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+        rows.append(row)
+    table = pd.DataFrame(rows).sort_values("cost", kind="stable")
+    return pd.concat([table[table["kind"] == kind] for kind in (FRONT, RIVAL, "")], ignore_index=True)
 
 
 @dataclass(frozen=True)
@@ -131,3 +174,55 @@ class PowerLaw:
         reached = [costs[band <= error] for band in self.predict(costs, of_mean=True)]
         middle, low, high = (float(part[0]) if part.size else math.inf for part in reached)
         return middle, low, high
+
+
+def minutes_of(times: str) -> list[float]:
+    """Times in minutes, such as "1,10,60".  Raises InputError for anything else than numbers above 0 between commas."""
+    try:
+        minutes = [float(part) for part in times.split(",")]
+    except ValueError:
+        minutes = []
+    if not minutes or not all(0 < time < math.inf for time in minutes):
+        raise InputError(f"times must be minutes between commas, such as 1,10,60, got {times!r}")
+    return minutes
+
+
+def rates(points: pd.DataFrame, task: Task, device: str = "auto") -> list[float]:
+    """Multiply-adds a second at which this process trains one network of each point, from a few steps of each."""
+    found = []
+    for _, row in points.iterrows():
+        hp = search.hyperparameters(row)
+        tried = fit(hp, task, Budget(FEW_STEPS, 1, n_evals=1, n_validation=1), 0, device)
+        found.append(1000 * training_cost(hp, task, 1) / tried.step_time_ms)
+    return found
+
+
+def within(points: pd.DataFrame, rates: list[float], seconds: float, task: Task) -> Run:
+    """The point with the lowest validation CE of those that are trained within a time, as a Run.
+
+    rates: multiply-adds a second, one for each point. If the dearest point takes less than half of the time, it is
+    trained for as many steps as the time has room for. If none can be trained, it is the cheapest.
+    """
+    used = SHARE * seconds * np.array(rates) / points["cost"].to_numpy()  # how often each could be trained
+    if used[-1] >= 2:
+        row, factor = points.iloc[-1], used[-1]
+    else:
+        fitting = points[used >= 1]
+        row = fitting.loc[fitting["val_ce"].idxmin()] if len(fitting) else points.iloc[0]
+        factor = 1.0
+    run = Run(str(row["name"]), search.hyperparameters(row), int(row["n_steps"]))
+    n_steps = run.n_steps if factor == 1 else steps_for(run.hyperparameters, task, factor * row["cost"])
+    return replace(run, n_steps=n_steps)
+
+
+def timed(run: Run, task: Task, n_runs: int, n_test: int, seed: int = 0, device: str = "auto") -> pd.DataFrame:
+    """Train one network of a Run n_runs times by itself: columns seconds, test_accuracy and test_ce."""
+    rows = []
+    for i in range(n_runs):
+        seeds = np.random.SeedSequence(seed, spawn_key=(TIMING, i))
+        started = time.perf_counter()
+        result = fit(run.hyperparameters, task, Budget(run.n_steps, 1, n_evals=1), seeds, device)
+        seconds = time.perf_counter() - started
+        scores = score(result.model, task, "test", n_test, run.hyperparameters.seq_len)
+        rows.append({"seconds": seconds} | {name: scores[name].item() for name in ("test_accuracy", "test_ce")})
+    return pd.DataFrame(rows)

@@ -1,14 +1,18 @@
 """The front of a search over cost, and the power law along it."""
 
 import math
+import re
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from ctbprn_lib import InputError, frontier, published, search
-from ctbprn_lib.evidence import Schedule
+from ctbprn_lib import InputError, frontier, published, report, search
+from ctbprn_lib.evidence import BETTER, UNDECIDED, Answer, Schedule
+from ctbprn_lib.report import budgets
+from ctbprn_lib.tasks import RoutingTask
 from ctbprn_lib.train import Hyperparameters, training_cost
 
 
@@ -107,3 +111,83 @@ def test_the_objective_keeps_its_scores_beside_its_values(reports, small_task):
         of = table.loc[trial.number]
         assert trial.values == pytest.approx([math.log10(of["val_ce"]), math.log10(of["cost"])])
     assert len(frontier.front(search.records(study))) == len(study.best_trials)
+
+
+def points(errors, ces=None):
+    """A table as frontier.points makes it: a front over costs that double, and rivals that are a little worse."""
+    rows = []
+    for kind, worse in ((frontier.FRONT, 1.0), (frontier.RIVAL, 1.2)):
+        for i, error in enumerate(errors):
+            name = f"trial {i}" if kind == frontier.FRONT else f"published trial 2, {i + 1} steps"
+            row = dict(name=name, kind=kind, without="", n_steps=100 * 2**i, cost=1e10 * 2**i, seeds=8, seconds=1.0)
+            row |= asdict(Hyperparameters()) | {"val_ce": error, "device": "CPU"}
+            accuracy, ce = 1 - worse * error, worse * error
+            row |= dict(test_accuracy=accuracy, test_accuracy_low=accuracy - 0.001, test_accuracy_high=accuracy + 0.001)
+            row |= dict(test_ce=ce, test_ce_low=ce - 0.001, test_ce_high=ce + 0.001)
+            row |= dict(route_accuracy=0.9, route_accuracy_low=0.89, route_accuracy_high=0.91)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def test_a_law_that_holds_is_said_to_hold_and_what_it_takes_is_said():
+    front = points(0.3 * 2 ** (-0.5 * np.arange(8)))
+    said = budgets.law_sentences(front)
+    assert "multiplies the error by 0.71 over the 4 cheaper points" in said
+    assert "1.00 times the predicted ones" in said
+    # 0.3 x 2^(-i / 2) = 0.005 at i = 11.8, which is 2^4.8 times the cost of the last, i = 7
+    (times,) = re.findall(r"99.5 % right is not reached.* ([\d,]+) times the dearest", said)
+    assert float(times) == pytest.approx(2**4.81, rel=0.03)
+    flat = budgets.law_sentences(points(np.linspace(0.2, 0.3, 8)))
+    assert "no cost reaches it" in flat
+    assert "is reached." in budgets.law_sentences(points(0.006 * 2 ** (-0.5 * np.arange(8))))
+    assert "needs six" in budgets.law_sentences(points([0.3, 0.2, 0.1, 0.05]))
+
+
+def test_advice_names_the_best_by_validation_and_the_best_at_the_cost_of_the_defaults():
+    task = RoutingTask()
+    front = points([0.3, 0.2, 0.1, 0.05, 0.04, 0.03, 0.02, 0.01])
+    answers = {f"trial {i}": Answer(BETTER if i < 5 else UNDECIDED, at_most=0.0123) for i in range(8)}
+    said = budgets.advice(front, answers, task, is_done=True)
+    at_any, at_equal, beside = said.splitlines()
+    assert "trial 7" in at_any and "99.0 %" in at_any
+    usual = training_cost(Hyperparameters(), task, 500)
+    assert f"trial {int(math.log2(1.05 * usual / 1e10))}**" in at_equal
+    assert "5 better, 3 without a verdict" in beside
+    assert "more minutes goes on" in budgets.advice(front, answers, task, is_done=False)
+    pairs = {f"trial {i}": f"published trial 2, {i + 1} steps" for i in range(8)}
+    table = budgets.front_table(front, answers, pairs).splitlines()
+    assert len(table) == 10 and "undecided (at most 1.3 points)" in table[-1] and "98.8 %" in table[-1]
+
+
+def test_what_fits_into_a_time_is_the_best_point_or_the_dearest_trained_for_longer(small_task):
+    front = points([0.3, 0.2, 0.1])[:3]
+    speeds = [1e10, 1e10, 1e10]  # so that they take 1, 2 and 4 seconds
+    names = [frontier.within(front, speeds, seconds, small_task).name for seconds in (0.5, 1.5, 3, 5)]
+    assert names == ["trial 0", "trial 0", "trial 1", "trial 2"]
+    longer = frontier.within(front, speeds, 40, small_task)
+    assert longer.name == "trial 2" and longer.n_steps > 400
+    table = budgets.times_table(front, {1.0: longer}, {}, small_task)
+    assert "not run" in table and "by the law" in table
+    for times in ("", "a", "1,0", "1,inf"):
+        with pytest.raises(InputError, match="minutes between commas"):
+            frontier.minutes_of(times)
+
+
+def test_a_study_over_cost_is_confirmed_by_its_own_notebook_and_no_other_study(project, run_here, capsys):
+    (project / "cost.yaml").write_text(
+        "d: [4]\nrank: [2]\nbatch_size: [4]\nn_layers: [1]\nseq_len: [8]\nn_steps: {low: 2, high: 60, log: true}\n"
+    )
+    project.shorten_report()
+    how = dict(objective="ce_cost", pruner="equal_cost", space="cost.yaml", n_workers=1)
+    run_here(project, "tune", study_name="front", n_replicas=2, n_trials=6, **how)
+    small = dict(study_name="front", looks="2,4", n_test=64, n_workers=1, times="0.001,1", timed_minutes=0.01)
+    shown = " ".join(text.data for text in run_here(project, "frontier", **small) if text)
+    for said in ("At any cost searched", "Beside the published trial 2", "You have", "not run", "Left out"):
+        assert said in shown
+    front = pd.read_csv(project / "reports" / ".front.new" / "front.csv")
+    assert set(front["kind"].fillna("")) == {frontier.FRONT, frontier.RIVAL, ""}
+    with pytest.raises(InputError, match=r"frontier\.ipynb confirms such a study"):
+        run_here(project, "confirm", study_name="front")
+    facts = report.load("front", f"sqlite:///{project}/reports/front/optuna_studies/ctbprn_study.db")
+    assert facts.confirmed is None  # its own report is of the search alone
+    capsys.readouterr()

@@ -455,7 +455,7 @@ def load(study_name: str, storage_url: str = "") -> Facts:
         has_database=(storage.study_folder(study_name) / "optuna_studies" / "ctbprn_study.db").exists(),
     )
     runs, about = confirm.records(study_name, storage_url)
-    if runs is None or about is None:
+    if runs is None or about is None or "front" in about:  # a front has a page of its own, of frontier.ipynb
         return facts
     return replace(facts, baselines=_baselines(about["baselines"]), confirmed=confirmed(facts, runs, about))
 

@@ -306,6 +306,35 @@ def cost_and_accuracy(ax: Axes, trials: pd.DataFrame, front: np.ndarray, cost: s
     return ax
 
 
+def error_and_cost(
+    ax: Axes,
+    curves: Mapping[str, pd.DataFrame],
+    references: Mapping[str, float],
+    line: pd.DataFrame | None = None,
+    scale: float = 1,
+) -> Axes:
+    """Errors against cost, both logarithmic: {label: a row a configuration with cost, error, low, high and name}.
+
+    references: {label: error}, a dashed line each. line: a law with its band (cost, error, low, high). scale: what
+    errors are multiplied by.
+    """
+    for (label, part), color, marker in zip(curves.items(), CYCLE, "os^", strict=False):
+        ends = scale * np.clip([part["error"] - part["low"], part["high"] - part["error"]], 0, None)
+        bars = ax.errorbar(
+            part["cost"], scale * part["error"], ends, color=color, label=label, **(POINTS | {"fmt": f"{marker}-"})
+        )
+        name_points(bars.lines[0], list(part["name"]))
+    for (label, error), color in zip(references.items(), (GREY, PURPLE), strict=False):
+        ax.axhline(scale * error, color=color, ls="--", lw=1, label=label)
+    if line is not None:
+        ax.plot(line["cost"], scale * line["error"], color=GREY, lw=1, label="law of the cheaper half")
+        ax.fill_between(line["cost"], scale * line["low"], scale * line["high"], color=GREY, alpha=0.15, lw=0)
+    ax.set(xscale="log", yscale="log", xlabel="cost of a training (multiply-adds)")
+    _plain_numbers(ax.yaxis)
+    ax.legend()
+    return ax
+
+
 def routing(
     ax: Axes, shares: ArrayLike, row_names: Sequence[str], area_names: Sequence[str], title: str, ylabel: str
 ) -> Axes:
