@@ -25,9 +25,9 @@ from ctbprn_lib.storage import storage_url, study_folder
 
 LEAST: dict[str, int] = {  # the smallest value of a parameter; an interval needs two seeds
     **dict.fromkeys(("n_trials", "n_steps", "n_replicas", "d", "rank", "batch_size", "n_samples", "max_steps"), 1),
-    **dict.fromkeys(("n_top", "n_test", "n_sets", "n_reports", "n_power", "n_runs"), 1),
+    **dict.fromkeys(("n_resamples", "factor", "n_top", "n_test", "n_sets", "n_reports", "n_power", "n_runs"), 1),
     **dict.fromkeys(("n_seeds", "n_fresh_seeds", "n_spread_seeds", "n_curve_seeds", "n_pairs"), 2),
-    **dict.fromkeys(("n_workers", "n_levels", "minutes", "most_cost"), 0),
+    **dict.fromkeys(("n_workers", "n_levels", "minutes", "most_cost", "n_timed", "timed_minutes"), 0),
 }
 ABOVE_ZERO = {"lr", "temperature", "run_seconds"}
 STUDY_NAMES = {"study_name", "tested_by", "like"}

@@ -148,7 +148,7 @@ def _number(value):
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
 
 
-def suggest(trial: optuna.Trial, space: Space) -> Hyperparameters:
+def suggest(trial: optuna.Trial | optuna.trial.FixedTrial, space: Space) -> Hyperparameters:
     """Hyperparameters for one trial."""
     values: dict[str, Any] = {}
     for name, entry in space.items():

@@ -1,0 +1,148 @@
+"""The sentences and tables of the page that notebooks/compare.ipynb publishes: whether to use CTBPRN.
+
+records: what compare.run_all returns. answers: what compare.verdicts returns.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from ctbprn_lib import evidence
+from ctbprn_lib.compare import CTBPRN, LIBRARY, MARGIN, METHODS, Search
+from ctbprn_lib.evidence import Answer
+from ctbprn_lib.report import text
+from ctbprn_lib.report.text import UNKNOWN
+
+Answers = Mapping[tuple[str, str], Answer]
+
+
+def means(records: pd.DataFrame) -> pd.DataFrame:
+    """(data sets, methods) mean accuracy over the resamples that are there."""
+    table = records.pivot_table(index="data", columns="method", values="accuracy", sort=False)
+    return table.reindex(columns=[method for method in METHODS if method in table])
+
+
+def rivals(records: pd.DataFrame) -> pd.Series:
+    """{data set: the other method with the highest mean accuracy}."""
+    others = means(records).drop(columns=CTBPRN, errors="ignore")
+    return others.idxmax(axis=1)
+
+
+def verdict(answer: Answer) -> str:
+    """What CTBPRN is beside another method; where there is no verdict, what the difference is at most."""
+    if answer.verdict == evidence.SAME:
+        return f"the same within {100 * MARGIN:g} points"
+    if answer.decided:
+        return answer.verdict
+    return f"undecided (at most {math.ceil(round(1000 * answer.at_most, 6)) / 10:.1f} points)"
+
+
+def advice(records: pd.DataFrame, answers: Answers) -> str:
+    """On which data CTBPRN is worth it, on which it is not and what to take then, and what is open: three lines."""
+    best = rivals(records)
+    good, bad, unclear = [], [], []
+    for data, rival in best.items():
+        worse = [other for (of, other), answer in answers.items() if of == data and answer.verdict == evidence.WORSE]
+        found = answers.get((str(data), rival))
+        if worse:
+            bad.append(f"{data} (take {rival})")
+        elif found and found.verdict in (evidence.BETTER, evidence.SAME):
+            good.append(f"{data} ({'better than' if found.verdict == evidence.BETTER else 'the same as'} {rival})")
+        else:
+            ahead = means(records).loc[data]
+            gap = text.signed_points(ahead.get(CTBPRN, math.nan) - ahead[rival])
+            unclear.append(f"{data} ({gap} points beside {rival})")
+    lines = [
+        f"- **Worth it on**: {', '.join(good) if good else 'none of these data sets'}.",
+        f"- **Not worth it on**: {', '.join(bad) if bad else 'none of these data sets'}.",
+        f"- **Not decided on**: {', '.join(unclear) if unclear else 'none of these data sets'}.",
+    ]
+    return "\n".join(lines)
+
+
+def seldom(records: pd.DataFrame, answers: Answers) -> str:
+    """How often CTBPRN was decided to be better, the same and worse, beside libraries and beside networks."""
+    said = []
+    for label, methods in (
+        ("methods of libraries", tuple(LIBRARY)),
+        ("other networks", tuple(METHODS[len(LIBRARY) :])),
+    ):
+        found = [a.verdict if a.decided else "undecided" for (_, other), a in answers.items() if other in methods]
+        counts = text.counted(found, (evidence.BETTER, evidence.SAME, evidence.WORSE, "undecided"))
+        counts = counts.replace(evidence.SAME, f"the same within {100 * MARGIN:g} points")
+        if found:
+            said.append(f"Beside {label} CTBPRN was, in {len(found)} questions: {counts}.")
+    return " ".join(said)
+
+
+def accuracy_table(records: pd.DataFrame) -> str:
+    """Mean accuracy of each method on each data set, in per cent, the highest in bold."""
+    table = means(records)
+    n = records[records["accuracy"].notna()].groupby("data")["resample"].nunique()
+    rows = []
+    for data, row in table.iterrows():
+        best = row.max()
+        cells = [UNKNOWN if np.isnan(x) else f"**{100 * x:.1f}**" if x == best else f"{100 * x:.1f}" for x in row]
+        rows.append([str(data), str(n[data]), *cells])
+    ranks = table.dropna(axis=1).rank(axis=1, ascending=False).mean() if len(table) > 1 else pd.Series(dtype=float)
+    cells = [f"{ranks[m]:.1f}" if m in ranks else UNKNOWN for m in table.columns]
+    return text.table(["Data", "Resamples", *table.columns], [*rows, ["mean rank (exploration)", "", *cells]])
+
+
+def verdict_table(answers: Answers) -> str:
+    """What CTBPRN is beside each other method on each data set."""
+    others = [method for method in METHODS if any(other == method for _, other in answers)]
+    sets = dict.fromkeys(data for data, _ in answers)
+    rows = [[data, *(verdict(answers[data, o]) if (data, o) in answers else UNKNOWN for o in others)] for data in sets]
+    return text.table(["CTBPRN on", *(f"beside {other}" for other in others)], rows)
+
+
+def cost_table(records: pd.DataFrame) -> str:
+    """Medians over data sets and resamples: seconds to train, parameters, and seconds for 1,000 predictions."""
+    rows = []
+    for method in METHODS:
+        part = records[(records["method"] == method) & records["accuracy"].notna()]
+        if len(part):
+            n = part["parameters"].median()
+            rows.append([method, text.duration(part["seconds"].median()), text.duration(part["seconds"].max()),
+                         UNKNOWN if np.isnan(n) else text.commas(n),
+                         text.duration(part["seconds_per_1000"].median())])  # fmt: skip
+    return text.table(["Method", "Training, median", "Longest", "Parameters", "1,000 predictions"], rows)
+
+
+def failures(records: pd.DataFrame) -> str:
+    """What could not be run, and why."""
+    failed = records[records["failure"].fillna("") != ""]
+    said = [f"- {why}: {', '.join(dict.fromkeys(part['data']))}" for why, part in failed.groupby("failure", sort=False)]
+    return "\n".join(said)
+
+
+def protocol(records: pd.DataFrame, how: Search) -> str:
+    """The data sets with their sizes, and how each method was trained."""
+    rows = []
+    for data, part in records[records["accuracy"].notna()].groupby("data", sort=False):
+        sizes = part.iloc[0]
+        rows.append([str(data), ABOUT.get(str(data), ""), text.commas(sizes["n_train"]), text.commas(sizes["n_test"])])
+    trained = (
+        f"Each network is tuned on each resample with {how.n_trials} trials of {how.n_steps} steps, by one sampler "
+        "over the same space. The settings with the lowest validation CE are trained again on training and validation "
+        f"samples with {how.n_replicas} seeds, whose mean accuracy counts. Classifiers of libraries are trained on the "
+        "same samples with their recommended settings. The test samples are seen once."
+    )
+    return text.table(["Data", "What it is", "Training samples", "Test samples"], rows) + "\n\n" + trained
+
+
+ABOUT = {
+    "BasicMotions": "smartwatch, four activities",
+    "JapaneseVowels": "speech of nine speakers, unequal lengths",
+    "FingerMovements": "EEG before a key press, left or right",
+    "HandMovementDirection": "MEG, four directions of a hand",
+    "SelfRegulationSCP1": "EEG of slow potentials, healthy",
+    "SelfRegulationSCP2": "EEG of slow potentials, ALS",
+    "EyesOpenShut": "EEG, eyes open or shut",
+    "Blink": "EEG, long or short blink",
+    "watch": "smartwatch, seven exercises, split by subject",
+    "routing": "the routing task of this project, drawn",
+}
