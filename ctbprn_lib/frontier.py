@@ -83,6 +83,17 @@ def runs(trials: pd.DataFrame, task: Task) -> tuple[list[Run], list[Run]]:
     return found, [Run(f"published trial 2, {n} steps", two, n) for n in lengths]
 
 
+def taken_apart(found: list[Run], task: Task) -> Run:
+    """The point that is trained without its parts: the dearest that costs at most an eighth of the dearest of all.
+
+    If there is none, it is the cheapest.
+    """
+    most = cost_of(found[-1], task) / 8
+    return max(
+        (run for run in found if cost_of(run, task) <= most), key=lambda run: cost_of(run, task), default=found[0]
+    )
+
+
 def plan(found: list[Run], rivals: list[Run], schedule: Schedule) -> Plan:
     """Whether each Run of the front is better than its rival at equal cost: one question each."""
     questions = []

@@ -192,7 +192,7 @@ def law_sentences(points: pd.DataFrame) -> str:
 
 
 def inside(points: pd.DataFrame) -> str:
-    """The share that is routed to the true area along the front, and the dearest point without each part."""
+    """The share that is routed to the true area along the front, and one point of it without each part."""
     front, parts = points[points["kind"] == FRONT], points[points["kind"] == ""]
     known = front[front["route_accuracy"].notna()]
     said = []
@@ -202,12 +202,12 @@ def inside(points: pd.DataFrame) -> str:
         said.append(f"The last layer looks at the true area in {share[0]} of samples at the cheapest point and in "
                     f"{share[1]} at the dearest.")  # fmt: skip
     if len(parts):
-        whole = front.iloc[-1]
+        whole = front[front["name"] == parts["name"].iloc[0].split(":")[0]].iloc[0]
         rows = [["nothing", text.percent(text.interval(whole, "test_accuracy")),
                  text.nats(text.interval(whole, "test_ce"))]]  # fmt: skip
         for row in parts.to_dict("records"):
             rows.append([text.PARTS[row["without"]], text.percent(text.interval(row, "test_accuracy")),
                          text.nats(text.interval(row, "test_ce"))])  # fmt: skip
-        said.append(f"The dearest point, {whole['name']}, trained as long without a part of the network:")
+        said.append(f"{text.capitalized(whole['name'])}, trained for as long without a part of the network:")
         said.append(text.table(["Left out", "Accuracy", "CE (nats)"], rows))
     return "\n\n".join(said) if said else "Nothing is known of it."
