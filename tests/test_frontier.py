@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from ctbprn_lib import InputError, frontier, published, report, search
+from ctbprn_lib.audit import samplers
 from ctbprn_lib.evidence import BETTER, UNDECIDED, Answer, Schedule
 from ctbprn_lib.report import budgets
 from ctbprn_lib.tasks import RoutingTask
@@ -191,3 +192,27 @@ def test_a_study_over_cost_is_confirmed_by_its_own_notebook_and_no_other_study(p
     facts = report.load("front", f"sqlite:///{project}/reports/front/optuna_studies/ctbprn_study.db")
     assert facts.confirmed is None  # its own report is of the search alone
     capsys.readouterr()
+
+
+def test_a_hypervolume_is_the_area_that_a_front_dominates():
+    rng = np.random.default_rng(0)
+    points, reference = rng.random((12, 2)), np.array([0.9, 0.8])
+    samples = rng.random((200_000, 2)) * reference
+    dominated = ((points[:, None] <= samples[None]).all(-1)).any(0).mean() * reference.prod()
+    assert samplers.hypervolume(points, reference) == pytest.approx(dominated, abs=0.005)
+    assert samplers.hypervolume(points, np.array([0.0, 0.0])) == 0
+
+
+def test_samplers_are_compared_on_the_same_searches(reports, small_task, monkeypatch):
+    monkeypatch.setattr(search, "cost_space", lambda task: {
+        "d": [4], "batch_size": [2, 4], "n_layers": [1], "rank": [2], "seq_len": [4],
+        "n_steps": {"low": 1, "high": 6, "log": True}})  # fmt: skip
+    budget = search.Budget(4, 1, n_evals=1, n_validation=32)
+    fronts = {
+        (name, seed): samplers.front_of(name, seed, 3, 1e9, small_task, budget)
+        for name in samplers.SAMPLERS
+        for seed in (0, 1)
+    }
+    made = samplers.table(fronts)
+    assert len(made) == 4 and (made["hypervolume"] >= 0).all()
+    assert "over 2 seeds" in samplers.sentence(made)
