@@ -170,6 +170,11 @@ class Network(nn.Module):
     config: dict[str, Any]
     without: str = ""
 
+    @property
+    def width(self) -> int:
+        """The number of features that the head reads."""
+        raise NotImplementedError
+
 
 class CTBPRN(Network):
     """R replicas of one CTBPRN configuration; replica r starts from the values of seed[r] and learns alone.
@@ -240,13 +245,22 @@ class CTBPRN(Network):
             for weight in self.stem_weight[r]:
                 nn.init.orthogonal_(weight, gain=gain)
 
+    @property
+    def width(self) -> int:
+        return self.config["n_areas"] * self.config["d"]
+
     def forward(
-        self, x: torch.Tensor, gumbel: torch.Tensor | None = None, mask: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        gumbel: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        keep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Class logits and route logits.
 
         x (R,B,K,T,F) (a view of (R,K,B,T,F) memory saves a copy); gumbel (R,L,B,K), or None for the noise-free gate;
-        mask (R,B,T), True where a token exists, or None.  Returns logits (R,B,C) and route_logits (R,L,B,K).
+        mask (R,B,T), True where a token exists, or None; keep (R,B,width), by what the head's features are multiplied,
+        or None.  Returns logits (R,B,C) and route_logits (R,L,B,K).
         """
         R, B, K, T, n_features = x.shape
         if (R, K, n_features) != tuple(self.config[k] for k in ("n_replicas", "n_areas", "n_features")):
@@ -261,7 +275,7 @@ class CTBPRN(Network):
             routes.append(route)
         f = _token_mean(x, mask).transpose(1, 2).reshape(R, B, -1)
         f = F.gelu(_layer_norm(f, self.head_gain[:, None], self.head_bias[:, None]))
-        return _linear(self.head_weight, f, self.head_c), torch.stack(routes, 1)
+        return _linear(self.head_weight, f if keep is None else f * keep, self.head_c), torch.stack(routes, 1)
 
     @classmethod
     @torch.no_grad()

@@ -18,7 +18,7 @@ from ctbprn_lib import checkpoint as checkpoints
 from ctbprn_lib.device import PRECISIONS, PeakMemory, captured, precision_context, resolve_device, resolve_precision
 from ctbprn_lib.model import CTBPRN, Network
 from ctbprn_lib.scoring import cross_entropy, named, route_accuracy, totals
-from ctbprn_lib.tasks import Task
+from ctbprn_lib.tasks import Batch, Task
 from ctbprn_lib.transformer import Transformer
 
 SCORED = ("interim", "validation")  # the splits that a training is scored on
@@ -91,6 +91,9 @@ class Hyperparameters:
     seq_len: int = _row(128, Entry("Sequence length", unit="tokens"))  # its ladder depends on the task
     n_layers: int = _row(2, Entry("Layers", (1, 2, 3, 4), shapes=True))
     weight_decay: float = _row(0.01, Entry("Weight decay", (0.0, 1e-3, 0.01, 0.03, 0.1, 0.3), zero=True, added=True))
+    dropout: float = _row(0.0, Entry("Dropout", (0.0, 0.1, 0.2, 0.3, 0.5), zero=True, added=True))
+    input_noise: float = _row(0.0, Entry("Input noise", (0.0, 0.1, 0.2, 0.5, 1.0), unit="SD", zero=True, added=True))
+    time_shift: int = _row(0, Entry("Time shift", (0, 1, 2, 4, 8), unit="tokens", zero=True, added=True))
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -99,6 +102,8 @@ class Hyperparameters:
             if not number or not (value > 0 or (zero and value == 0)):
                 least = "of at least 0" if zero else "above 0"
                 raise InputError(f"{name} must be a {'whole ' if whole else ''}number {least}, got {value!r}")
+        if self.dropout >= 1:
+            raise InputError(f"dropout must be below 1, got {self.dropout!r}")
 
     def identity(self) -> dict[str, float]:
         """The values that tell one training from another: one that was added later counts only if it is not usual."""
@@ -260,8 +265,9 @@ class Training:
         hp = self.shape
         batch = self.task.draw(self.budget.n_replicas, hp.batch_size, self.generator, hp.seq_len)
         noise = gumbel_noise((*batch.y.shape[:1], hp.n_layers, hp.batch_size, self.task.n_areas), self.generator)
+        x, keep = augmented(batch, hp, self.generator), dropped(self.model, hp, self.generator)
         with self.autocast():
-            logits, _ = self.model(batch.x, None if self.without == "noise" else noise, batch.mask)
+            logits, _ = self.model(x, None if self.without == "noise" else noise, batch.mask, keep)
         loss = cross_entropy(logits, batch.y).mean(1)  # (R,); summed, each replica gets the gradient of a solo run
         loss.sum().backward()
         clip_gradients(self.parameters, self.budget.clip)
@@ -516,6 +522,36 @@ def rates(schedule: str, lr: float, n_steps: int) -> torch.Tensor:
         optimizer.step()
         cycle.step()
     return torch.tensor([*values, cycle.get_last_lr()[0]])
+
+
+def augmented(batch: Batch, hyperparameters: Hyperparameters, generator: torch.Generator) -> torch.Tensor:
+    """The input x (R,B,K,T,F) of a training batch with noise, and shifted in time by up to time_shift tokens.
+
+    Each sample is shifted by a number of its own; its first or last token that exists is repeated. input_noise is in
+    standard deviations of the features, which are 1. Nothing is drawn where both are 0.
+    """
+    x, mask, hp = batch.x, batch.mask, hyperparameters
+    if hp.input_noise:
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        x = x + hp.input_noise * (noise if mask is None else noise * mask[:, :, None, :, None])
+    if hp.time_shift:
+        (R, B, K, T, F), most = x.shape, hp.time_shift
+        shift = torch.randint(-most, most + 1, (R, B, 1), generator=generator, device=x.device)
+        last = torch.full_like(shift, T - 1) if mask is None else mask.sum(2, keepdim=True) - 1
+        at = (torch.arange(T, device=x.device) + shift).clamp(min=0).minimum(last)  # (R,B,T)
+        moved = x.gather(3, at[:, :, None, :, None].expand(R, B, K, T, F))
+        x = moved if mask is None else moved * mask[:, :, None, :, None]
+    return x
+
+
+def dropped(model: Network, hyperparameters: Hyperparameters, generator: torch.Generator) -> torch.Tensor | None:
+    """(R,B,width) by what the features before the head are multiplied: 0 for a share dropout of them; None for none."""
+    share = hyperparameters.dropout
+    if not share:
+        return None
+    shape = (model.config["n_replicas"], hyperparameters.batch_size, model.width)
+    draws = torch.rand(shape, generator=generator, device=generator.device)
+    return (draws >= share) / (1 - share)
 
 
 def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

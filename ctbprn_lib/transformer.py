@@ -37,17 +37,16 @@ class Encoder(nn.Module):
         at = torch.arange(n_tokens)[:, None] / 10_000 ** (torch.arange(0, d, 2) / d)  # (T, d / 2)
         self.register_buffer("positions", torch.stack([at.sin(), at.cos()], 2).flatten(1)[:, :d])
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """x (B,K,T,F), mask (B,T) or None -> logits (B,C)."""
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B,K,T,F), mask (B,T) or None, keep (B,d) or None -> logits (B,C)."""
         K, T = x.shape[1:3]
         tokens = torch.cat([stem(x[:, k]) + self.positions[:T] for k, stem in enumerate(self.stems)], 1)  # (B,KT,d)
         there = None if mask is None else mask.repeat(1, K)  # (B,KT)
         for layer in self.layers:
             tokens = layer(tokens, src_key_padding_mask=None if there is None else ~there)
         tokens = self.norm(tokens)
-        if there is None:
-            return self.head(tokens.mean(1))
-        return self.head((tokens * there[..., None]).sum(1) / there.sum(1, keepdim=True))
+        mean = tokens.mean(1) if there is None else (tokens * there[..., None]).sum(1) / there.sum(1, keepdim=True)
+        return self.head(mean if keep is None else mean * keep)
 
 
 class Transformer(Network):
@@ -85,15 +84,27 @@ class Transformer(Network):
         self.register_buffer("positions", encoders[0].positions.clone())
         self.encoders = (encoders[0].to("meta"),)  # in a tuple, because its own weights are not used
 
+    @property
+    def width(self) -> int:
+        return self.config["d"]
+
     def forward(
-        self, x: torch.Tensor, gumbel: torch.Tensor | None = None, mask: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        gumbel: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        keep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (R,B,K,T,F), mask (R,B,T) or None -> logits (R,B,C), and zeros (R,L,B,K), as there is no route."""
+        """x (R,B,K,T,F), mask (R,B,T) or None, keep (R,B,d) or None -> logits (R,B,C).
+
+        With them come zeros (R,L,B,K), as there is no route.
+        """
         R, B, K = x.shape[:3]
         logits = []
         for r in range(R):
             own = {name: self.get_parameter(name.replace(".", "_"))[r] for name in self.names}
             own["positions"] = self.positions
+            of = x[r], None if mask is None else mask[r], None if keep is None else keep[r]
             with sdpa_kernel(SDPBackend.MATH):  # twice as fast on a CPU at these widths
-                logits.append(functional_call(self.encoders[0], own, (x[r], None if mask is None else mask[r])))
+                logits.append(functional_call(self.encoders[0], own, of))
         return torch.stack(logits), x.new_zeros(R, self.config["n_layers"], B, K)

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from ctbprn_lib import InputError, scoring, tasks, train
+from ctbprn_lib.model import CTBPRN
+from ctbprn_lib.tasks import Batch
 from ctbprn_lib.train import Budget, Hyperparameters, fit
 
 HP = Hyperparameters(lr=5e-3, d=8, rank=2, temperature=1.0, batch_size=8, seq_len=8)
@@ -267,3 +269,49 @@ print(train.fit(hp, task, train.Budget(2, 2, n_validation=8)).steps)
 """
     done = subprocess.run((sys.executable, "-c", script), capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("[1, 2]\n", "")
+
+
+def test_noise_shifts_and_dropout_change_a_training_and_nothing_where_they_are_0(small_task):
+    usual = train.Hyperparameters(d=8, rank=2, batch_size=4, seq_len=4)
+    budget = train.Budget(3, 2, n_validation=32)
+    plain = train.fit(usual, small_task, budget, 0)
+    for name, value in (("dropout", 0.5), ("input_noise", 0.5), ("time_shift", 2)):
+        assert getattr(usual, name) == 0 and name not in usual.identity()
+        other = train.fit(dataclasses.replace(usual, **{name: value}), small_task, budget, 0)
+        assert not np.array_equal(plain.val_ce, other.val_ce), name
+    for bad in ({"dropout": 1.0}, {"input_noise": -0.1}, {"time_shift": 0.5}):
+        with pytest.raises(InputError, match=next(iter(bad))):
+            dataclasses.replace(usual, **bad)
+
+
+def test_a_shift_moves_each_sample_within_the_tokens_that_exist():
+    R, B, T = 2, 50, 6
+    x = torch.arange(T).float().expand(R, B, 1, T)[..., None]
+    mask = torch.ones(R, B, T, dtype=torch.bool)
+    mask[:, ::2, 4:] = False
+    hp = train.Hyperparameters(time_shift=2)
+    for there in (None, mask):
+        moved = train.augmented(Batch(x, torch.zeros(R, B), there), hp, torch.Generator().manual_seed(0))[..., 0, :, 0]
+        last = torch.full((R, B), T - 1) if there is None else there.sum(2) - 1
+        shifts = set()
+        for r in range(R):
+            for b in range(B):
+                n = int(last[r, b]) + 1
+                row = moved[r, b].tolist()
+                fits = [s for s in range(-2, 3) if row[:n] == [min(max(t + s, 0), n - 1) for t in range(n)]]
+                assert len(fits) == 1 and not any(row[n:])
+                shifts.add(fits[0])
+        assert shifts == {-2, -1, 0, 1, 2}
+
+
+def test_noise_and_dropout_have_the_size_that_is_asked_for():
+    generator = torch.Generator().manual_seed(0)
+    hp = train.Hyperparameters(input_noise=0.5, dropout=0.25, batch_size=100, d=16)
+    x = torch.zeros(2, 100, 2, 8, 5)
+    noisy = train.augmented(Batch(x, torch.zeros(2, 100)), hp, generator)
+    assert noisy.std().item() == pytest.approx(0.5, rel=0.02)
+    model = CTBPRN(5, 16, 2, 2, n_replicas=2)
+    keep = train.dropped(model, hp, generator)
+    assert keep.shape == (2, 100, 32) and keep.mean().item() == pytest.approx(1, abs=0.03)
+    assert (keep == 0).double().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert train.dropped(model, train.Hyperparameters(), generator) is None
