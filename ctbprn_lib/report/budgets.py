@@ -5,7 +5,7 @@ points: what frontier.points returns. answers: {configuration of the front: the 
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -141,7 +141,6 @@ def times_table(
             whole, price = law(points, "test_accuracy"), training_cost(run.hyperparameters, task, run.n_steps)
             wrong = whole.predict(price) if whole else (math.nan, math.nan, math.nan)
             expected, basis = tuple(1 - float(wrong[i]) for i in (0, 2, 1)), "by the law"
-        named = asdict(run.hyperparameters) | {"n_steps": run.n_steps}
         said = ["not run", UNKNOWN]
         if minutes in timed:
             of, middle = timed[minutes], timed[minutes]["seconds"].median()
@@ -150,8 +149,23 @@ def times_table(
                 f"{text.duration(middle)} ({ends}, n = {len(of)})",
                 ", ".join(map(text.percent, of["test_accuracy"])),
             ]
-        rows.append([f"{minutes:g} min", run.role, settings(named), f"{text.percent(expected)}, {basis}", *said])
-    return text.table(["You have", "Point", "Settings", "Expect", "Timed", "Timed runs were right on"], rows)
+        rows.append(
+            [
+                f"{minutes:g} min",
+                f"{run.role}, {text.commas(run.n_steps)} steps",
+                f"{text.percent(expected)}, {basis}",
+                *said,
+            ]
+        )
+    return text.table(["You have", "Train", "Expect", "Timed", "Timed runs were right on"], rows)
+
+
+def searched(space: Mapping[str, Any]) -> str:
+    """The hyperparameters that were searched, with their levels or ranges."""
+    rows = [
+        [TABLE[name].label if name in TABLE else "Training steps", text.span(entry)] for name, entry in space.items()
+    ]
+    return text.table(["Searched", "Range"], rows)
 
 
 def law_sentences(points: pd.DataFrame) -> str:
