@@ -227,10 +227,16 @@ def mapping(path: str | Path, expected: str) -> dict[str, Any]:
     return given
 
 
-def table(path: str | Path, text: Sequence[str] = (), numbers: Mapping[str, float] | None = None) -> pd.DataFrame:
+def table(
+    path: str | Path,
+    text: Sequence[str] = (),
+    numbers: Mapping[str, float] | None = None,
+    missing: Mapping[str, float] | None = None,
+) -> pd.DataFrame:
     """A DataFrame of a CSV file with a header: the columns text as they are, then numbers.
 
     numbers: {column: largest value}, each cell empty (NaN) or a number from 0 on; None: every other column, any number.
+    missing: {column: value} of columns that an older file need not have.
     """
     import pandas as pd
 
@@ -239,6 +245,7 @@ def table(path: str | Path, text: Sequence[str] = (), numbers: Mapping[str, floa
         content = pd.read_csv(
             file, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=[""], float_precision="round_trip"
         )
+    content = content.assign(**{name: value for name, value in (missing or {}).items() if name not in content})
     wanted = [*text, *(numbers or ())]
     if not isinstance(content.index, pd.RangeIndex) or not set(wanted) <= set(content):  # rows with too many cells
         raise InputError(f"{path}: expected the columns {', '.join(wanted)}; got {', '.join(content)}")

@@ -159,7 +159,8 @@ def measured(path: Path) -> Study:
     """
     text = ["role", "base", "factor"]
     numbers = ["level", *TABLE, "n_steps", "seed", "train_seconds"]
-    table = files.table(path, text, dict.fromkeys(numbers, math.inf) | {"test_accuracy": 1})
+    later = {name: value for name, value in asdict(Hyperparameters()).items() if TABLE[name].added}
+    table = files.table(path, text, dict.fromkeys(numbers, math.inf) | {"test_accuracy": 1}, later)
     roles = table[table["role"] != ""].groupby("role", sort=False)
     means = roles["test_accuracy"].mean()
     trials = means[means.index.str.startswith("trial ")]
