@@ -3,9 +3,11 @@
 notebooks/frontier.ipynb trains the front again with fresh seeds, beside the published trial 2 at equal cost.
 """
 
+import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,11 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.stats import t as student
 
-from ctbprn_lib import InputError, evidence, published, search
+from ctbprn_lib import InputError, evidence, files, published, search, storage
 from ctbprn_lib.confirm import Run
 from ctbprn_lib.evidence import Contrast, Plan, Question, Schedule
 from ctbprn_lib.scoring import score
+from ctbprn_lib.search import Space
 from ctbprn_lib.tasks import Task
 from ctbprn_lib.train import TABLE, Budget, Hyperparameters, fit, training_cost
 
@@ -64,6 +67,27 @@ def thinned(trials: pd.DataFrame, factor: float = DOUBLING) -> pd.DataFrame:
 def steps_for(hyperparameters: Hyperparameters, task: Task, cost: float) -> int:
     """The number of training steps whose cost is nearest to this one, in multiply-adds; at least 1."""
     return max(1, round(cost / training_cost(hyperparameters, task, 1)))
+
+
+def next_space(trials: pd.DataFrame, space: Space) -> Space:
+    """Where to search next: the span of each hyperparameter along a front, with some room on both sides.
+
+    Levels outside it are left out. A range gets half as much again on a logarithmic scale, else a tenth of itself. The
+    longest training may be four times as long as the longest of the front.
+    """
+    found: Space = {}
+    for name, entry in space.items():
+        low, high = trials[name].min(), trials[name].max()
+        if isinstance(entry, list):
+            found[name] = [level for level in entry if low <= level <= high]
+        elif name == search.LENGTH:
+            found[name] = entry | {"low": int(min(entry["low"], low)), "high": int(4 * high)}
+        elif entry.get("log"):
+            found[name] = entry | {"low": float(low / 1.5), "high": float(high * 1.5)}
+        else:
+            room = (entry["high"] - entry["low"]) / 10
+            found[name] = entry | {"low": float(max(low - room, low / 2)), "high": float(high + room)}
+    return found
 
 
 def cost_of(run: Run, task: Task) -> int:
@@ -185,6 +209,41 @@ class PowerLaw:
         reached = [costs[band <= error] for band in self.predict(costs, of_mean=True)]
         middle, low, high = (float(part[0]) if part.size else math.inf for part in reached)
         return middle, low, high
+
+
+def usual_cost(task: Task) -> int:
+    """The multiply-adds of 500 steps of the untuned defaults: the cost of the study that came before."""
+    return training_cost(Hyperparameters(seq_len=min(128, task.n_tokens)), task, 500)
+
+
+def best(points: pd.DataFrame, task: Task) -> dict[str, dict[str, Any]]:
+    """Two points of the front as dicts of their columns: "any", and "equal", at no more than usual_cost.
+
+    Each is the one with the lowest validation CE over the fresh seeds. There is no "equal" if no point is so cheap.
+    """
+    front = points[points["kind"] == FRONT]
+    cheap = front[front["cost"] <= 1.05 * usual_cost(task)]
+    rows = {"any": front, "equal": cheap}
+    return {name: of.loc[of["val_ce"].idxmin()].to_dict() for name, of in rows.items() if len(of)}
+
+
+def keep(points: pd.DataFrame, task: Task, path: Path) -> None:
+    """Write what best finds to a file front.json, from which the reports of other studies of the task read it."""
+    content = json.dumps({"task": task.description, **best(points, task)}, default=float, indent=1)
+    with files.whole(path) as new:
+        new.write_text(content + "\n", encoding="utf-8")
+
+
+def known(task: dict[str, Any], but: str = "") -> dict[str, Any] | None:
+    """What keep has written in a folder of reports/ for a task (its description), with the folder's name as "study".
+
+    but: the name of a study that is passed over.
+    """
+    for path in sorted(storage.REPORTS.glob("*/front.json")):
+        content = files.mapping(path, "what frontier.ipynb wrote there")
+        if content.get("task") == task and path.parent.name != but:
+            return content | {"study": path.parent.name}
+    return None
 
 
 def minutes_of(times: str) -> list[float]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from scipy import stats
 
 from ctbprn_lib import InputError, frontier, published, report, search
@@ -216,3 +217,29 @@ def test_samplers_are_compared_on_the_same_searches(reports, small_task, monkeyp
     made = samplers.table(fronts)
     assert len(made) == 4 and (made["hypervolume"] >= 0).all()
     assert "over 2 seeds" in samplers.sentence(made)
+
+
+def test_reports_of_the_same_task_name_the_best_for_its_cost(reports):
+    task, front = RoutingTask(), points([0.3, 0.2, 0.1, 0.05, 0.04, 0.03, 0.02, 0.01])
+    assert frontier.known(task.description) is None
+    (reports / "front").mkdir(parents=True)
+    frontier.keep(front, task, reports / "front" / "front.json")
+    found = frontier.known(task.description)
+    assert found["study"] == "front" and found["any"]["name"] == "trial 7"
+    assert found["equal"]["test_accuracy"] == pytest.approx(0.97)
+    assert frontier.known(task.description, but="front") is None
+    assert frontier.known(RoutingTask(n_areas=3).description) is None
+
+
+def test_the_next_space_holds_the_front_and_goes_on_where_it_ends(small_task, tmp_path):
+    space = search.cost_space(small_task)
+    front = trials([1e9, 1e10], [0.2, 0.1]).assign(
+        lr=[2e-3, 8e-3], d=[16, 32], temperature=[0.6, 1.9], n_steps=[200, 20000]
+    )
+    front = front.assign(rank=8, batch_size=16, weight_decay=0.01)
+    found = frontier.next_space(front, space)
+    assert found["d"] == [16, 24, 32] and found["rank"] == [8] and found["n_steps"]["high"] == 80_000
+    assert found["lr"]["low"] == pytest.approx(2e-3 / 1.5) and found["lr"]["high"] == pytest.approx(1.2e-2)
+    assert 0 < found["temperature"]["low"] < 0.6 and found["temperature"]["high"] > 1.9
+    (tmp_path / "next_space.yaml").write_text(yaml.safe_dump(found))
+    assert search.load_space(tmp_path / "next_space.yaml", small_task, space) == found

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ctbprn_lib import evidence
+from ctbprn_lib import evidence, frontier
 from ctbprn_lib.confirm import Run
 from ctbprn_lib.evidence import Answer
 from ctbprn_lib.frontier import FRONT, MARGIN, PowerLaw
 from ctbprn_lib.report import text
 from ctbprn_lib.report.text import UNKNOWN
 from ctbprn_lib.tasks import Task
-from ctbprn_lib.train import TABLE, Hyperparameters, training_cost
+from ctbprn_lib.train import TABLE, training_cost
 
 GOALS = {"test_accuracy": 0.995, "test_ce": 0.02}  # what the law is asked for
 SCORES = {"test_accuracy": "wrong answers", "test_ce": "cross-entropy"}
@@ -73,19 +73,21 @@ def line(points: pd.DataFrame, score: str) -> pd.DataFrame | None:
 
 def advice(points: pd.DataFrame, answers: Mapping[str, Answer], task: Task, is_done: bool) -> str:
     """What to use: at any cost, at the cost of the defaults, and how the front stands beside the published trial 2."""
-    front = points[points["kind"] == FRONT]
-    usual = training_cost(Hyperparameters(seq_len=min(128, task.n_tokens)), task, 500)
-    best = front.loc[front["val_ce"].idxmin()]
-    said = [f"- **At any cost searched: {best['name']}**, {scores(best)} over {best['seeds']} fresh seeds. It costs "
-            f"{cost(best['cost'])} multiply-adds: {settings(best)}."]  # fmt: skip
-    within = front[front["cost"] <= 1.05 * usual]
-    equal = within.loc[within["val_ce"].idxmin()] if len(within) else best
-    if equal["name"] != best["name"]:
-        said.append(f"- **At no more than the cost of 500 steps of the defaults, {cost(usual)}: {equal['name']}**, "
-                    f"{scores(equal)}: {settings(equal)}.")  # fmt: skip
+    found, n_points = frontier.best(points, task), int((points["kind"] == FRONT).sum())
+    at_any = found["any"]
+    said = [
+        f"- **At any cost searched: {at_any['name']}**, {scores(at_any)} over {at_any['seeds']} fresh seeds. It costs "
+        f"{cost(at_any['cost'])} multiply-adds: {settings(at_any)}."
+    ]
+    if "equal" in found and found["equal"]["name"] != at_any["name"]:
+        equal = found["equal"]
+        said.append(
+            f"- **At no more than the cost of 500 steps of the defaults, {cost(frontier.usual_cost(task))}: "
+            f"{equal['name']}**, {scores(equal)}: {settings(equal)}."
+        )
     counts = text.counted([answer.verdict if answer.decided else OPEN for answer in answers.values()], VERDICTS)
     counts = counts.replace(evidence.SAME, SAME)
-    said.append(f"- **Beside the published trial 2 trained at equal cost**, of the {len(front)} points of the front: "
+    said.append(f"- **Beside the published trial 2 trained at equal cost**, of the {n_points} points of the front: "
                 f"{counts}.")  # fmt: skip
     if not is_done:
         said.append("- Time ended this before all was trained; the same command with more minutes goes on.")

@@ -14,7 +14,7 @@ import optuna
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from ctbprn_lib import InputError, confirm, evidence, files, published, search, storage, workers
+from ctbprn_lib import InputError, confirm, evidence, files, frontier, published, search, storage, workers
 from ctbprn_lib.evidence import LEVEL, NOT_TESTED, REFUTED, SUPPORTED, UNDECIDED
 from ctbprn_lib.report import comparisons
 from ctbprn_lib.report.comparisons import Ablation, Claim, Comparisons, Decision, Finding, from_reproduction
@@ -51,6 +51,7 @@ class Facts:
     study of the same name, which is left out. n_calls: how often the search was begun, by one worker or several.
     out_of_time: the minutes and n_trials that the search was given, if time ended it before it had that many, or None.
     has_database: whether the study lies in an SQLite file in its own folder.
+    front: the best settings for their cost, where another study of the task has found them (frontier.known), or None.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Facts:
     n_calls: int = 1
     out_of_time: Row | None = None
     has_database: bool = False
+    front: Row | None = None
     confirmed: "Confirmed | None" = None
 
     @property
@@ -452,6 +454,7 @@ def load(study_name: str, storage_url: str = "") -> Facts:
         deleted=confirm.of_deleted(study),
         n_calls=study.user_attrs.get("n_workers", 1),
         out_of_time=study.user_attrs.get("out_of_time"),
+        front=frontier.known(question["task"], but=study_name),
         has_database=(storage.study_folder(study_name) / "optuna_studies" / "ctbprn_study.db").exists(),
     )
     runs, about = confirm.records(study_name, storage_url)
