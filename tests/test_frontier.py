@@ -236,7 +236,7 @@ def test_the_next_space_holds_the_front_and_goes_on_where_it_ends(small_task, tm
     front = trials([1e9, 1e10], [0.2, 0.1]).assign(
         lr=[2e-3, 8e-3], d=[16, 32], temperature=[0.6, 1.9], n_steps=[200, 20000]
     )
-    front = front.assign(rank=8, batch_size=16, weight_decay=0.01)
+    front = front.assign(rank=8, batch_size=16, seq_len=small_task.n_tokens, weight_decay=0.01)
     found = frontier.next_space(front, space)
     assert found["d"] == [16, 24, 32] and found["rank"] == [8] and found["n_steps"]["high"] == 80_000
     assert found["lr"]["low"] == pytest.approx(2e-3 / 1.5) and found["lr"]["high"] == pytest.approx(1.2e-2)
