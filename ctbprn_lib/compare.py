@@ -51,6 +51,7 @@ ROUTING_SAMPLES = 2000  # drawn for a resample of the routing task
 COLUMNS = ["data", "resample", "method", "accuracy", "n_train", "n_test", "seconds", "parameters",
            "seconds_per_1000", "settings", "failure"]  # fmt: skip
 MAJORITY, CTBPRN, COLUMNS_ALONE, TRANSFORMER = "majority", "CTBPRN", "columns alone", "Transformer"
+REGULARISED = "CTBPRN regularised"  # the same search with what short recordings may need
 
 
 class DataSet(NamedTuple):
@@ -193,8 +194,9 @@ class Search:
     n_replicas: int = 2
 
 
-def space(task: ArrayTask) -> Space:
-    """What is searched for all three networks; a Transformer has no rank and no temperature, and passes over them."""
+def space(task: ArrayTask, regularised: bool = False) -> Space:
+    """What is searched for each network; a Transformer has no rank and no temperature, and passes over them."""
+    more: Space = {"dropout": [0.0, 0.2, 0.5], "input_noise": [0.0, 0.2, 0.5], "time_shift": [0, 2, 4]}
     return {
         "lr": {"low": 3e-4, "high": 1e-2, "log": True},
         "d": [16, 32],
@@ -204,6 +206,7 @@ def space(task: ArrayTask) -> Space:
         "seq_len": [task.n_tokens],
         "n_layers": [1, 2],
         "weight_decay": [0.0, 0.01, 0.1],
+        **(more if regularised else {}),
     }
 
 
@@ -213,16 +216,18 @@ def network(name: str, task: ArrayTask, how: Search, seed: int) -> dict[str, Any
         TRANSFORMER: {"network": "transformer", "without": ""},
         COLUMNS_ALONE: {"network": "ctbprn", "without": "message"},  # then no route has an effect either
         CTBPRN: {"network": "ctbprn", "without": ""},
+        REGULARISED: {"network": "ctbprn", "without": ""},
     }[name]
+    searched = space(task, regularised=name == REGULARISED)
     budget = Budget(how.n_steps, how.n_replicas, n_evals=1)
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(1, how.n_trials // 2))
     study = optuna.create_study(sampler=sampler)
     for n in range(how.n_trials):
         trial = study.ask()
-        hp = search.suggest(trial, space(task))
+        hp = search.suggest(trial, searched)
         result = fit(hp, task, budget, np.random.SeedSequence(seed, spawn_key=(n,)), "cpu", None, None, **kind)
         study.tell(trial, search.scores(result)["val_ce"])
-    best = search.suggest(optuna.trial.FixedTrial(study.best_params), space(task))
+    best = search.suggest(optuna.trial.FixedTrial(study.best_params), searched)
     whole = task.with_validation_in_training()
     started = time.perf_counter()
     result = fit(
@@ -307,7 +312,7 @@ LIBRARY = {
     "MiniRocket": _minirocket,
     "MultiRocketHydra": _multirocket_hydra,
 }
-NETWORKS = (TRANSFORMER, COLUMNS_ALONE, CTBPRN)
+NETWORKS = (TRANSFORMER, COLUMNS_ALONE, REGULARISED, CTBPRN)
 METHODS = (*LIBRARY, *NETWORKS)
 
 

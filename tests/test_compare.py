@@ -128,6 +128,19 @@ def test_the_verdict_names_what_to_take():
     assert header.count("|") == 6 and "**89.7**" in rows[0] and "mean rank" in rows[-1]
     assert versus.verdict_table(answers).count("better") == 4
     assert "2.0 s" in versus.cost_table(table)
+    assert versus.regularisation(answers) == ""
+
+
+def test_regularisation_is_kept_where_it_helps_twice_and_harms_nowhere():
+    sets = {name: {MAJORITY: 0.5, compare.REGULARISED: mean, CTBPRN: 0.8} for name, mean in
+            {"a": 0.9, "b": 0.9, "c": 0.8}.items()}  # fmt: skip
+    said = versus.regularisation(compare.verdicts(records(sets)))
+    assert "helped on a, b and harmed on none of 3 data sets" in said and "pays" in said
+    sets["c"][compare.REGULARISED] = 0.7
+    said = versus.regularisation(compare.verdicts(records(sets)))
+    assert "harmed on c" in said and "not shown to pay" in said
+    worth = versus.advice(records(sets), compare.verdicts(records(sets))).splitlines()[0]
+    assert "a (better than majority)" in worth  # CTBPRN is not its own rival
 
 
 @pytest.mark.parametrize("n_classes", [2, 5])

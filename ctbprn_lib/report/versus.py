@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 
 from ctbprn_lib import evidence
-from ctbprn_lib.compare import CTBPRN, LIBRARY, MARGIN, METHODS, Search
+from ctbprn_lib.compare import CTBPRN, LIBRARY, MARGIN, METHODS, NETWORKS, REGULARISED, Search
 from ctbprn_lib.evidence import Answer
 from ctbprn_lib.report import text
 from ctbprn_lib.report.text import UNKNOWN
 
+OTHERS = tuple(name for name in NETWORKS if name not in (CTBPRN, REGULARISED))
 Answers = Mapping[tuple[str, str], Answer]
 
 
@@ -25,8 +26,8 @@ def means(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def rivals(records: pd.DataFrame) -> pd.Series:
-    """{data set: the other method with the highest mean accuracy}."""
-    others = means(records).drop(columns=CTBPRN, errors="ignore")
+    """{data set: the other method with the highest mean accuracy}.  Regularised, CTBPRN is no other method."""
+    others = means(records).drop(columns=[CTBPRN, REGULARISED], errors="ignore")
     return others.idxmax(axis=1)
 
 
@@ -44,8 +45,9 @@ def advice(records: pd.DataFrame, answers: Answers) -> str:
     best = rivals(records)
     good, bad, unclear = [], [], []
     for data, rival in best.items():
-        worse = [other for (of, other), answer in answers.items() if of == data and answer.verdict == evidence.WORSE]
-        found = answers.get((str(data), rival))
+        others = {other: answer for (of, other), answer in answers.items() if of == data and other != REGULARISED}
+        worse = [other for other, answer in others.items() if answer.verdict == evidence.WORSE]
+        found = others.get(rival)
         if worse:
             bad.append(f"{data} (take {rival})")
         elif found and found.verdict in (evidence.BETTER, evidence.SAME):
@@ -75,6 +77,20 @@ def seldom(records: pd.DataFrame, answers: Answers) -> str:
         if found:
             said.append(f"Beside {label} CTBPRN was, in {len(found)} questions: {counts}.")
     return " ".join(said)
+
+
+def regularisation(answers: Answers) -> str:
+    """Whether dropout, noise, shifts in time and weight decay help: on which sets they were decided to, or to harm."""
+    found = {data: answer.verdict for (data, other), answer in answers.items() if other == REGULARISED}
+    if not found:
+        return ""
+    helped = [data for data, verdict in found.items() if verdict == evidence.WORSE]  # plain beside regularised
+    harmed = [data for data, verdict in found.items() if verdict == evidence.BETTER]
+    kept = "pays, and belongs in the search" if len(helped) >= 2 and not harmed else "is not shown to pay"
+    return (
+        f"Regularisation (dropout, noise, shifts in time) helped on {', '.join(helped) or 'none'} and harmed on "
+        f"{', '.join(harmed) or 'none'} of {len(found)} data sets, so it {kept}: it has to help on two and harm none."
+    )
 
 
 def accuracy_table(records: pd.DataFrame) -> str:
