@@ -238,6 +238,12 @@ def test_the_page_of_own_data(project, run_here, capsys, monkeypatch):
     np.savez(project / "mine.npz", x=rng.normal(size=(60, 8, 3)) + y[:, None, None], y=y, areas=list("aab"))
     sizes = dict(task="mine.npz", study_name="c", n_resamples=3, n_trials=1, n_steps=3, n_workers=1)
     shown = "\n".join(text.data for text in run_here(project, "compare", **sizes) if text)
-    for said in ("Worth it on", "mine.npz", "beside majority", "1,000 predictions", "-p task mine.npz"):
+    for said in (
+        "Worth it on",
+        "mine.npz",
+        "CTBPRN beside | ridge on means | majority",
+        "1,000 predictions",
+        "-p task mine.npz",
+    ):
         assert said in shown
     assert "9 of 9: mine.npz, resample 2, CTBPRN" in capsys.readouterr().out

@@ -336,12 +336,17 @@ def error_and_cost(
 
 
 def methods(ax: Axes, accuracy: pd.DataFrame) -> Axes:
-    """One row a data set, the first on top, and a mark for the accuracy of each method (data sets, methods)."""
+    """One row a data set, the first on top, and a mark for the accuracy of each method (data sets, methods).
+
+    The first method is a large red star.
+    """
     at = -np.arange(len(accuracy))
-    for (method, column), color, marker in zip(accuracy.items(), itertools.cycle(CYCLE), "vsD^<>ohX*", strict=False):
-        last = method == accuracy.columns[-1]
-        ax.plot(100 * column, at, marker, color=RED if last else color, ms=9 if last else 6, ls="none", label=method,
-                zorder=3 if last else 2, alpha=1 if last else 0.75)  # fmt: skip
+    for (method, column), color, marker in zip(
+        accuracy.items(), itertools.cycle(CYCLE), itertools.cycle("vsD^<>ohX"), strict=False
+    ):
+        first = method == accuracy.columns[0]
+        ax.plot(100 * column, at, "*" if first else marker, color=RED if first else color, ms=10 if first else 6,
+                ls="none", label=method, zorder=3 if first else 2, alpha=1 if first else 0.75)  # fmt: skip
     ax.set_yticks(at, accuracy.index)
     ax.set(xlabel="mean accuracy on test samples (%)", ylim=(at[-1] - 0.6, 0.6))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))

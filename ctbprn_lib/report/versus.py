@@ -22,7 +22,7 @@ Answers = Mapping[tuple[str, str], Answer]
 def means(records: pd.DataFrame) -> pd.DataFrame:
     """(data sets, methods) mean accuracy over the resamples that are there."""
     table = records.pivot_table(index="data", columns="method", values="accuracy", sort=False)
-    return table.reindex(columns=[method for method in METHODS if method in table])
+    return table.reindex(columns=[method for method in reversed(METHODS) if method in table])
 
 
 def rivals(records: pd.DataFrame) -> pd.Series:
@@ -32,12 +32,12 @@ def rivals(records: pd.DataFrame) -> pd.Series:
 
 
 def verdict(answer: Answer) -> str:
-    """What CTBPRN is beside another method; where there is no verdict, what the difference is at most."""
+    """What CTBPRN is beside another method; where there is no verdict, the most points by which they differ."""
     if answer.verdict == evidence.SAME:
-        return f"the same within {100 * MARGIN:g} points"
+        return "same"
     if answer.decided:
         return answer.verdict
-    return f"undecided (at most {math.ceil(round(1000 * answer.at_most, 6)) / 10:.1f} points)"
+    return f"at most {math.ceil(round(1000 * answer.at_most, 6)) / 10:.1f}"
 
 
 def advice(records: pd.DataFrame, answers: Answers) -> str:
@@ -109,10 +109,10 @@ def accuracy_table(records: pd.DataFrame) -> str:
 
 def verdict_table(answers: Answers) -> str:
     """What CTBPRN is beside each other method on each data set."""
-    others = [method for method in METHODS if any(other == method for _, other in answers)]
+    others = [method for method in reversed(METHODS) if any(other == method for _, other in answers)]
     sets = dict.fromkeys(data for data, _ in answers)
     rows = [[data, *(verdict(answers[data, o]) if (data, o) in answers else UNKNOWN for o in others)] for data in sets]
-    return text.table(["CTBPRN on", *(f"beside {other}" for other in others)], rows)
+    return text.table(["CTBPRN beside", *others], rows)
 
 
 def cost_table(records: pd.DataFrame) -> str:
@@ -122,9 +122,9 @@ def cost_table(records: pd.DataFrame) -> str:
         part = records[(records["method"] == method) & records["accuracy"].notna()]
         if len(part):
             n = part["parameters"].median()
-            rows.append([method, text.duration(part["seconds"].median()), text.duration(part["seconds"].max()),
-                         UNKNOWN if np.isnan(n) else text.commas(n),
-                         text.duration(part["seconds_per_1000"].median())])  # fmt: skip
+            seconds = part["seconds"].median(), part["seconds"].max(), part["seconds_per_1000"].median()
+            once, most, predicting = ("< 0.1 s" if t < 0.1 else text.duration(t) for t in seconds)
+            rows.append([method, once, most, UNKNOWN if np.isnan(n) else text.commas(n), predicting])
     return text.table(["Method", "Training, median", "Longest", "Parameters", "1,000 predictions"], rows)
 
 
@@ -142,8 +142,8 @@ def protocol(records: pd.DataFrame, how: Search) -> str:
         sizes = part.iloc[0]
         rows.append([str(data), ABOUT.get(str(data), ""), text.commas(sizes["n_train"]), text.commas(sizes["n_test"])])
     trained = (
-        f"Each network is tuned on each resample with {how.n_trials} trials of {how.n_steps} steps, by one sampler "
-        "over the same space. The settings with the lowest validation CE are trained again on training and validation "
+        f"Each network is tuned on each resample with {text.count(how.n_trials, 'trial')} of {how.n_steps} steps, by one "
+        "sampler over the same space. The settings with the lowest validation CE are trained again on training and validation "
         f"samples with {how.n_replicas} seeds, whose mean accuracy counts. Classifiers of libraries are trained on the "
         "same samples with their recommended settings. The test samples are seen once."
     )
