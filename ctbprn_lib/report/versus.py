@@ -142,8 +142,8 @@ def protocol(records: pd.DataFrame, how: Search) -> str:
         sizes = part.iloc[0]
         rows.append([str(data), ABOUT.get(str(data), ""), text.commas(sizes["n_train"]), text.commas(sizes["n_test"])])
     trained = (
-        f"Each network is tuned on each resample with {text.count(how.n_trials, 'trial')} of {how.n_steps} steps, by one "
-        "sampler over the same space. The settings with the lowest validation CE are trained again on training and validation "
+        f"Each network is tuned on each resample with {text.count(how.n_trials, 'trial')} of {how.n_steps} steps, by "
+        "one sampler. The settings with the lowest validation CE are trained again on training and validation "
         f"samples with {how.n_replicas} seeds, whose mean accuracy counts. Classifiers of libraries are trained on the "
         "same samples with their recommended settings. The test samples are seen once."
     )
