@@ -56,7 +56,12 @@ def front(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def thinned(trials: pd.DataFrame, factor: float = DOUBLING) -> pd.DataFrame:
-    """Of a front those whose costs differ by at least this factor, the cheapest first.  The dearest always stays."""
+    """Of a front those whose costs differ by at least this factor, the cheapest first.  The dearest always stays.
+
+    Raises InputError if there is none.
+    """
+    if trials.empty:
+        raise InputError("no point of the front costs so little; give a larger most_cost, or 0 for all of them")
     kept: list[int] = []
     for index in trials.sort_values("cost", ascending=False).index:
         if not kept or trials.loc[index, "cost"] <= trials.loc[kept[-1], "cost"] / factor:

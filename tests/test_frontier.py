@@ -44,6 +44,8 @@ def test_a_thinned_front_keeps_the_dearest_and_a_factor_between_costs():
     kept = frontier.thinned(trials(costs, 1 / costs))
     assert kept["cost"].iloc[-1] == 8 and kept["cost"].is_monotonic_increasing
     assert (kept["cost"].to_numpy()[1:] / kept["cost"].to_numpy()[:-1] >= 2).all()
+    with pytest.raises(InputError, match="no point of the front costs so little"):
+        frontier.thinned(kept[kept["cost"] < 0])
     for cost in set(costs) - set(kept["cost"]):  # each that went has a dearer one near it that stayed
         assert ((kept["cost"] > cost) & (kept["cost"] < 2 * cost)).any()
 
