@@ -80,6 +80,10 @@ def test_it_says_what_it_will_do_runs_the_notebooks_in_order_and_ends_with_the_v
     printed = capsys.readouterr().out
     assert "All of it takes about" in printed and "n_trials 3" in printed
     assert printed.endswith("the verdict of mine\n") and "reports/mine/report.html" in printed
+    ran.clear()
+    make.main(["--size", "full"])  # a GPU has the time for the front as well, after all else
+    assert list(ran[-3]) == ["tune", "frontier"] and ran[-3]["tune"]["objective"] == "ce_cost"
+    assert ran[-2] == ("frontier.ipynb", "flagship-frontier") and ran[-3]["frontier"]["study_name"] == ran[-2][1]
 
 
 @pytest.mark.slow

@@ -60,7 +60,12 @@ FULL: dict[str, Parameters] = {
     "reproduce": {"n_fresh_seeds": 200, "n_spread_seeds": 32, "max_steps": 2000, "n_curve_seeds": 8},
     "explore": {"n_steps": 2000},
 }
+FRONT: dict[str, Parameters] = {  # of the full report, after all else
+    "tune": {"objective": "ce_cost", "pruner": "equal_cost", "most_cost": 1e14, "n_trials": 200, "n_replicas": 4},
+    "frontier": {"looks": "8,16", "timed_minutes": 60.0},
+}
 QUESTIONS = {
+    "frontier": "which settings are best for every budget of compute",
     "tune": "which hyperparameters are best",
     "confirm": "whether they stay best with fresh seeds, and what each one does",
     "explore": "what there is to learn, and whether the network learns it",
@@ -95,6 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chains = (["tune", "confirm", "reproduce"], ["explore"])
     with workers.sigterm_as_ctrl_c():
         _run([{name: sizes[name] for name in names} for names in chains])
+        if options.size == "full":
+            front = f"{study}-frontier"
+            print(f"  {'frontier':<10} {QUESTIONS['frontier']}")
+            _run([{name: parameters | {"study_name": front} for name, parameters in FRONT.items()}])
+            publish.publish_notebook(ROOT / "runs" / "frontier.ipynb", front)
     publish.publish_notebook(ROOT / "runs" / "reproduce.ipynb", reproduced)
     print(f"\nDone in {_duration(time.monotonic() - started)}.")
     print(f"  the report:          reports/{study}/report.html")
