@@ -55,6 +55,12 @@ def front(trials: pd.DataFrame) -> pd.DataFrame:
     return complete[evidence.pareto_front(complete["cost"], -complete["val_ce"])]
 
 
+def given_by_hand(study: optuna.Study) -> list[str]:
+    """The names of the trials whose settings somebody enqueued, so that no sampler chose them."""
+    trials = study.get_trials(deepcopy=False)
+    return [f"trial {trial.number}" for trial in trials if trial.system_attrs.get("fixed_params")]
+
+
 def thinned(trials: pd.DataFrame, factor: float = DOUBLING) -> pd.DataFrame:
     """Of a front those whose costs differ by at least this factor, the cheapest first.  The dearest always stays.
 

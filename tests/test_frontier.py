@@ -158,6 +158,10 @@ def test_advice_names_the_best_by_validation_and_the_best_at_the_cost_of_the_def
     assert f"trial {int(math.log2(1.05 * usual / 1e10))}**" in at_equal
     assert "5 better, 3 without a verdict" in beside
     assert "more minutes goes on" in budgets.advice(front, answers, task, is_done=False)
+    with_rule = budgets.advice(front, answers, task, True, linear_rule=0.945).splitlines()[-1]
+    assert "94.5 %" in with_rule and "is trial 3 for" in with_rule
+    assert budgets.by_hand([], front) == ""
+    assert "trial 3, trial 5 are among them" in budgets.by_hand(["trial 3", "trial 5", "trial 99"], front)
     pairs = {f"trial {i}": f"published trial 2, {i + 1} steps" for i in range(8)}
     table = budgets.front_table(front, answers, pairs).splitlines()
     assert len(table) == 10 and "undecided (at most 1.3 points)" in table[-1] and "98.8 %" in table[-1]

@@ -4,7 +4,7 @@ points: what frontier.points returns. answers: {configuration of the front: the 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,9 @@ def line(points: pd.DataFrame, score: str) -> pd.DataFrame | None:
     return pd.DataFrame(dict(zip(("cost", "error", "low", "high"), (costs, *fitted.predict(costs)), strict=True)))
 
 
-def advice(points: pd.DataFrame, answers: Mapping[str, Answer], task: Task, is_done: bool) -> str:
+def advice(
+    points: pd.DataFrame, answers: Mapping[str, Answer], task: Task, is_done: bool, linear_rule: float = math.nan
+) -> str:
     """What to use: at any cost, at the cost of the defaults, and how the front stands beside the published trial 2."""
     found, n_points = frontier.best(points, task), int((points["kind"] == FRONT).sum())
     at_any = found["any"]
@@ -89,6 +91,15 @@ def advice(points: pd.DataFrame, answers: Mapping[str, Answer], task: Task, is_d
     counts = counts.replace(evidence.SAME, SAME)
     said.append(f"- **Beside the published trial 2 trained at equal cost**, of the {n_points} points of the front: "
                 f"{counts}.")  # fmt: skip
+    if not math.isnan(linear_rule):
+        front = points[points["kind"] == FRONT]
+        above = front[front["test_accuracy_low"] > linear_rule]
+        which = (
+            f"{above.iloc[0]['name']} for {cost(above.iloc[0]['cost'])} multiply-adds" if len(above) else "none of them"
+        )
+        said.append(
+            f"- **Beside the linear rule**, right on {text.percent(linear_rule)}: the cheapest point whose interval lies above it is {which}."
+        )
     if not is_done:
         said.append("- Time ended this before all was trained; the same command with more minutes goes on.")
     return "\n".join(said)
@@ -168,6 +179,17 @@ def searched(space: Mapping[str, Any]) -> str:
         [TABLE[name].label if name in TABLE else "Training steps", text.span(entry)] for name, entry in space.items()
     ]
     return text.table(["Searched", "Range"], rows)
+
+
+def by_hand(given: Sequence[str], points: pd.DataFrame) -> str:
+    """How many trials no sampler chose, and which points of the front are among them."""
+    if not given:
+        return ""
+    shown = [name for name in points[points["kind"] == FRONT]["name"] if name in given]
+    among = f" Of the points above, {', '.join(shown)} are among them." if shown else ""
+    return (
+        f"{text.count(len(given), 'trial')} had settings that were given by hand; the sampler chose the others.{among}"
+    )
 
 
 def law_sentences(points: pd.DataFrame) -> str:
