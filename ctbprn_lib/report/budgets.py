@@ -97,9 +97,8 @@ def advice(
         which = (
             f"{above.iloc[0]['name']} for {cost(above.iloc[0]['cost'])} multiply-adds" if len(above) else "none of them"
         )
-        said.append(
-            f"- **Beside the linear rule**, right on {text.percent(linear_rule)}: the cheapest point whose interval lies above it is {which}."
-        )
+        rule = f"- **Beside the linear rule**, right on {text.percent(linear_rule)}: "
+        said.append(f"{rule}the cheapest point whose interval lies above it is {which}.")
     if not is_done:
         said.append("- Time ended this before all was trained; the same command with more minutes goes on.")
     return "\n".join(said)
