@@ -190,7 +190,7 @@ def test_a_study_over_cost_is_confirmed_by_its_own_notebook_and_no_other_study(p
     run_here(project, "tune", study_name="front", n_replicas=2, n_trials=6, **how)
     small = dict(study_name="front", looks="2,4", n_test=64, n_workers=1, times="0.001,1", timed_minutes=0.01)
     shown = " ".join(text.data for text in run_here(project, "frontier", **small) if text)
-    for said in ("At any cost searched", "Beside the published trial 2", "You have", "not run", "Left out"):
+    for said in ("The best that was trained again", "Beside the published trial 2", "You have", "not run", "Left out"):
         assert said in shown
     front = pd.read_csv(project / "reports" / ".front.new" / "front.csv")
     assert set(front["kind"].fillna("")) == {frontier.FRONT, frontier.RIVAL, ""}
