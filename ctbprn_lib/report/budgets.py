@@ -78,8 +78,8 @@ def advice(
     found, n_points = frontier.best(points, task), int((points["kind"] == FRONT).sum())
     at_any = found["any"]
     said = [
-        f"- **The best that was trained again: {at_any['name']}**, {scores(at_any)} over {at_any['seeds']} fresh seeds. It costs "
-        f"{cost(at_any['cost'])} multiply-adds: {settings(at_any)}."
+        f"- **The best that was trained again: {at_any['name']}**, {scores(at_any)} over {at_any['seeds']} fresh "
+        f"seeds. It costs {cost(at_any['cost'])} multiply-adds: {settings(at_any)}."
     ]
     if "equal" in found and found["equal"]["name"] != at_any["name"]:
         equal = found["equal"]
