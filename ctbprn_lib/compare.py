@@ -48,8 +48,19 @@ MARGIN = 0.02  # the smallest difference in accuracy that matters here: the sets
 MOST_TOKENS = 64  # of a recording that a network reads; longer ones are averaged, as attention over more is too slow
 TEST_SHARE = 0.3  # of a data set that comes without a split
 ROUTING_SAMPLES = 2000  # drawn for a resample of the routing task
-COLUMNS = ["data", "resample", "method", "accuracy", "n_train", "n_test", "seconds", "parameters",
-           "seconds_per_1000", "settings", "failure"]  # fmt: skip
+COLUMNS = [
+    "data",
+    "resample",
+    "method",
+    "accuracy",
+    "n_train",
+    "n_test",
+    "seconds",
+    "parameters",
+    "seconds_per_1000",
+    "settings",
+    "failure",
+]
 MAJORITY, CTBPRN, COLUMNS_ALONE, TRANSFORMER = "majority", "CTBPRN", "columns alone", "Transformer"
 REGULARISED = "CTBPRN regularised"  # the same search with what short recordings may need
 
@@ -237,8 +248,13 @@ def network(name: str, task: ArrayTask, how: Search, seed: int) -> dict[str, Any
     started = time.perf_counter()
     accuracy = float(score(result.model, whole, "test", seq_len=best.seq_len)["test_accuracy"].mean())
     predicting = (time.perf_counter() - started) / how.n_replicas
-    return dict(accuracy=accuracy, seconds=seconds, parameters=result.n_parameters, predicting=predicting,
-                settings=json.dumps(asdict(best)))  # fmt: skip
+    return dict(
+        accuracy=accuracy,
+        seconds=seconds,
+        parameters=result.n_parameters,
+        predicting=predicting,
+        settings=json.dumps(asdict(best)),
+    )
 
 
 def from_library(make: Callable[[int], Any], task: ArrayTask, seed: int) -> dict[str, Any]:
@@ -257,8 +273,13 @@ def from_library(make: Callable[[int], Any], task: ArrayTask, seed: int) -> dict
         seconds, started = time.perf_counter() - started, time.perf_counter()
         predicted = classifier.predict(x_test.astype(np.float64))
     predicting = time.perf_counter() - started
-    return dict(accuracy=float((predicted == y_test).mean()), seconds=seconds, parameters=np.nan, predicting=predicting,
-                settings="recommended")  # fmt: skip
+    return dict(
+        accuracy=float((predicted == y_test).mean()),
+        seconds=seconds,
+        parameters=np.nan,
+        predicting=predicting,
+        settings="recommended",
+    )
 
 
 def _majority(seed: int) -> Any:

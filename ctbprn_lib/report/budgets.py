@@ -24,8 +24,15 @@ SCORES = {"test_accuracy": "wrong answers", "test_ce": "cross-entropy"}
 SAME, OPEN = f"the same within {100 * MARGIN:g} points", "without a verdict"
 VERDICTS = (evidence.BETTER, evidence.SAME, evidence.WORSE, OPEN)
 RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
-SHORT = {"lr": "learning rate", "d": "d", "rank": "rank", "temperature": "temperature", "batch_size": "batch",
-         "n_layers": "layers", "weight_decay": "weight decay"}  # fmt: skip
+SHORT = {
+    "lr": "learning rate",
+    "d": "d",
+    "rank": "rank",
+    "temperature": "temperature",
+    "batch_size": "batch",
+    "n_layers": "layers",
+    "weight_decay": "weight decay",
+}
 
 
 def cost(value: float) -> str:
@@ -89,8 +96,9 @@ def advice(
         )
     counts = text.counted([answer.verdict if answer.decided else OPEN for answer in answers.values()], VERDICTS)
     counts = counts.replace(evidence.SAME, SAME)
-    said.append(f"- **Beside the published trial 2 trained at equal cost**, of the {n_points} points of the front: "
-                f"{counts}.")  # fmt: skip
+    said.append(
+        f"- **Beside the published trial 2 trained at equal cost**, of the {n_points} points of the front: {counts}."
+    )
     if not math.isnan(linear_rule):
         front = points[points["kind"] == FRONT]
         above = front[front["test_accuracy_low"] > linear_rule]
@@ -108,7 +116,7 @@ def verdict(answer: Answer) -> str:
     """The verdict on a point beside its rival; where there is none, what the difference is at most."""
     if answer.verdict == evidence.SAME:
         return SAME
-    bound = f"{evidence.UNDECIDED} (at most {math.ceil(round(1000 * answer.at_most, 6)) / 10:.1f} points)"
+    bound = f"{evidence.UNDECIDED} (at most {text.most_points(answer)} points)"
     return answer.verdict if answer.decided or answer.verdict == evidence.NOT_TESTED else bound
 
 
@@ -121,9 +129,18 @@ def front_table(points: pd.DataFrame, answers: Mapping[str, Answer], pairs: Mapp
     for row in points[points["kind"] == FRONT].to_dict("records"):
         rival = by_name.loc[pairs[row["name"]]] if pairs[row["name"]] in by_name.index else None
         beside = UNKNOWN if rival is None else text.percent(text.interval(rival, "test_accuracy"))
-        rows.append([cost(row["cost"]), text.duration(row["seconds"]), row["name"], settings(row),
-                     text.percent(text.interval(row, "test_accuracy")), text.nats(text.interval(row, "test_ce")),
-                     beside, verdict(answers[row["name"]])])  # fmt: skip
+        rows.append(
+            [
+                cost(row["cost"]),
+                text.duration(row["seconds"]),
+                row["name"],
+                settings(row),
+                text.percent(text.interval(row, "test_accuracy")),
+                text.nats(text.interval(row, "test_ce")),
+                beside,
+                verdict(answers[row["name"]]),
+            ]
+        )
     heads = [
         "Cost",
         "Seconds a seed",
@@ -236,15 +253,23 @@ def inside(points: pd.DataFrame) -> str:
     if len(known):
         first, last = known.iloc[0], known.iloc[-1]
         share = [text.percent(text.interval(row, "route_accuracy")) for row in (first, last)]
-        said.append(f"The last layer looks at the true area in {share[0]} of samples at the cheapest point and in "
-                    f"{share[1]} at the dearest.")  # fmt: skip
+        said.append(
+            f"The last layer looks at the true area in {share[0]} of samples at the cheapest point and in "
+            f"{share[1]} at the dearest."
+        )
     if len(parts):
         whole = front[front["name"] == parts["name"].iloc[0].split(":")[0]].iloc[0]
-        rows = [["nothing", text.percent(text.interval(whole, "test_accuracy")),
-                 text.nats(text.interval(whole, "test_ce"))]]  # fmt: skip
+        rows = [
+            ["nothing", text.percent(text.interval(whole, "test_accuracy")), text.nats(text.interval(whole, "test_ce"))]
+        ]
         for row in parts.to_dict("records"):
-            rows.append([text.PARTS[row["without"]], text.percent(text.interval(row, "test_accuracy")),
-                         text.nats(text.interval(row, "test_ce"))])  # fmt: skip
+            rows.append(
+                [
+                    text.PARTS[row["without"]],
+                    text.percent(text.interval(row, "test_accuracy")),
+                    text.nats(text.interval(row, "test_ce")),
+                ]
+            )
         said.append(f"{text.capitalized(whole['name'])}, trained for as long without a part of the network:")
         said.append(text.table(["Left out", "Accuracy", "CE (nats)"], rows))
     return "\n\n".join(said) if said else "Nothing is known of it."

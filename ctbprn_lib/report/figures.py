@@ -345,8 +345,17 @@ def methods(ax: Axes, accuracy: pd.DataFrame) -> Axes:
         accuracy.items(), itertools.cycle(CYCLE), itertools.cycle("vsD^<>ohX"), strict=False
     ):
         first = method == accuracy.columns[0]
-        ax.plot(100 * column, at, "*" if first else marker, color=RED if first else color, ms=10 if first else 6,
-                ls="none", label=method, zorder=3 if first else 2, alpha=1 if first else 0.75)  # fmt: skip
+        ax.plot(
+            100 * column,
+            at,
+            "*" if first else marker,
+            color=RED if first else color,
+            ms=10 if first else 6,
+            ls="none",
+            label=method,
+            zorder=3 if first else 2,
+            alpha=1 if first else 0.75,
+        )
     ax.set_yticks(at, accuracy.index)
     ax.set(xlabel="mean accuracy on test samples (%)", ylim=(at[-1] - 0.6, 0.6))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -84,8 +84,7 @@ def effect(finding: Finding) -> str:
 def verdict(finding: Finding) -> str:
     """The verdict on a question; where there is none, what the difference is at most, in points rounded up."""
     answer, question = finding.answer, finding.question
-    bound = f"{evidence.AT_MOST} {math.ceil(round(1000 * answer.at_most, 6)) / 10:.1f} points"
-    bound += " worse" if question.is_claim else ""
+    bound = f"{evidence.AT_MOST} {most_points(answer)} points" + (" worse" if question.is_claim else "")
     if answer.verdict == evidence.AT_MOST:
         return bound
     if answer.verdict == evidence.UNDECIDED:
@@ -93,6 +92,11 @@ def verdict(finding: Finding) -> str:
     if answer.verdict == evidence.SAME and question.margin != evidence.MARGIN:
         return f"the same within {100 * question.margin:g} points"
     return answer.verdict
+
+
+def most_points(answer: evidence.Answer) -> str:
+    """By how many points two configurations may differ at most, rounded up."""
+    return f"{math.ceil(round(1000 * answer.at_most, 6)) / 10:.1f}"
 
 
 def configuration(name: str) -> str:

@@ -37,7 +37,7 @@ def verdict(answer: Answer) -> str:
         return "same"
     if answer.decided:
         return answer.verdict
-    return f"at most {math.ceil(round(1000 * answer.at_most, 6)) / 10:.1f}"
+    return f"at most {text.most_points(answer)}"
 
 
 def advice(records: pd.DataFrame, answers: Answers) -> str:
