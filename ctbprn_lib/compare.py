@@ -21,6 +21,7 @@ import torch
 from scipy.special import stdtr
 
 from ctbprn_lib import InputError, evidence, files, recordings, search, storage
+from ctbprn_lib.device import processor_name
 from ctbprn_lib.evidence import Answer, Contrast, Look, Question
 from ctbprn_lib.scoring import score
 from ctbprn_lib.search import Space
@@ -58,6 +59,7 @@ COLUMNS = [
     "seconds",
     "parameters",
     "seconds_per_1000",
+    "processor",
     "settings",
     "failure",
 ]
@@ -198,11 +200,14 @@ def _drawn(i: int, most_tokens: int) -> ArrayTask:
 
 @dataclass(frozen=True)
 class Search:
-    """How the networks are tuned: n_trials of n_steps steps with n_replicas seeds; the best has the lowest CE."""
+    """How the networks are tuned: n_trials of n_steps steps with one seed each; the best has the lowest CE.
+
+    n_seeds: with which the best settings are trained again.
+    """
 
     n_trials: int = 8
     n_steps: int = 300
-    n_replicas: int = 2
+    n_seeds: int = 2
 
 
 def space(task: ArrayTask, regularised: bool = False) -> Space:
@@ -230,24 +235,24 @@ def network(name: str, task: ArrayTask, how: Search, seed: int) -> dict[str, Any
         REGULARISED: {"network": "ctbprn", "without": ""},
     }[name]
     searched = space(task, regularised=name == REGULARISED)
-    budget = Budget(how.n_steps, how.n_replicas, n_evals=1)
+    trying, training = (Budget(how.n_steps, n, n_evals=1) for n in (1, how.n_seeds))
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(1, how.n_trials // 2))
     study = optuna.create_study(sampler=sampler)
     for n in range(how.n_trials):
         trial = study.ask()
         hp = search.suggest(trial, searched)
-        result = fit(hp, task, budget, np.random.SeedSequence(seed, spawn_key=(n,)), "cpu", None, None, **kind)
+        result = fit(hp, task, trying, np.random.SeedSequence(seed, spawn_key=(n,)), "cpu", None, None, **kind)
         study.tell(trial, search.scores(result)["val_ce"])
     best = search.suggest(optuna.trial.FixedTrial(study.best_params), searched)
     whole = task.with_validation_in_training()
-    started = time.perf_counter()
+    started = time.process_time()
     result = fit(
-        best, whole, budget, np.random.SeedSequence(seed, spawn_key=(how.n_trials,)), "cpu", None, None, **kind
+        best, whole, training, np.random.SeedSequence(seed, spawn_key=(how.n_trials,)), "cpu", None, None, **kind
     )
-    seconds = (time.perf_counter() - started) / how.n_replicas
-    started = time.perf_counter()
+    seconds = (time.process_time() - started) / how.n_seeds
+    started = time.process_time()
     accuracy = float(score(result.model, whole, "test", seq_len=best.seq_len)["test_accuracy"].mean())
-    predicting = (time.perf_counter() - started) / how.n_replicas
+    predicting = (time.process_time() - started) / how.n_seeds
     return dict(
         accuracy=accuracy,
         seconds=seconds,
@@ -268,11 +273,11 @@ def from_library(make: Callable[[int], Any], task: ArrayTask, seed: int) -> dict
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a library's own, about itself
         make(seed).fit(x[few].astype(np.float64), y[few]).predict(x[few].astype(np.float64))
-        started = time.perf_counter()
+        started = time.process_time()
         classifier.fit(x.astype(np.float64), y)
-        seconds, started = time.perf_counter() - started, time.perf_counter()
+        seconds, started = time.process_time() - started, time.process_time()
         predicted = classifier.predict(x_test.astype(np.float64))
-    predicting = time.perf_counter() - started
+    predicting = time.process_time() - started
     return dict(
         accuracy=float((predicted == y_test).mean()),
         seconds=seconds,
@@ -349,6 +354,7 @@ def run(job: Job, how: Search, seed: int = 0) -> dict[str, Any]:
     """The record of a job, with the columns COLUMNS; failure says why there is no accuracy."""
     torch.set_num_threads(1)
     record: dict[str, Any] = dict.fromkeys(COLUMNS, np.nan) | job._asdict() | {"failure": "", "settings": ""}
+    record["processor"] = processor_name()
     seed_of_job = int(np.random.SeedSequence([seed, job.resample]).generate_state(1)[0])
     try:
         if job.method in LIBRARY:
@@ -371,7 +377,7 @@ def read(path: Path) -> pd.DataFrame:
     """The records in a file, none if there is none."""
     if not path.exists():
         return pd.DataFrame(columns=COLUMNS)
-    return files.table(path, text=["data", "method", "settings", "failure"])[COLUMNS]
+    return files.table(path, text=["data", "method", "processor", "settings", "failure"])[COLUMNS]
 
 
 def jobs(names: Iterable[str], methods: Iterable[str], n_resamples: int) -> Iterator[Job]:

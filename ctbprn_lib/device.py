@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import math
+import platform
 import re
 import sys
 from collections.abc import Callable
@@ -64,6 +65,14 @@ def device_name(device: str | torch.device) -> str:
         return torch.cuda.get_device_name(device)
     n = torch.get_num_threads()
     return f"CPU, {n} thread{'s' * (n > 1)}"
+
+
+def processor_name() -> str:
+    """The CPU's name as Linux tells it ("AMD EPYC"), or what Python knows of it elsewhere."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

@@ -104,7 +104,7 @@ def records(accuracies, n_train=200, n_test=100):
             for method, mean in of.items():
                 row = dict.fromkeys(compare.COLUMNS, np.nan) | dict(data=data, resample=i, method=method, failure="")
                 row |= dict(accuracy=mean + luck + rng.normal(0, 0.004), n_train=n_train, n_test=n_test, seconds=2.0)
-                rows.append(row | dict(seconds_per_1000=0.1, parameters=1000.0, settings=""))
+                rows.append(row | dict(seconds_per_1000=0.1, parameters=1000.0, settings="", processor="P"))
     return pd.DataFrame(rows, columns=compare.COLUMNS)
 
 
@@ -205,7 +205,7 @@ def test_minirocket_gets_what_its_library_documents():
 
 def test_all_networks_are_tuned_by_one_search(monkeypatch):
     monkeypatch.setattr(compare, "MOST_TOKENS", 4)
-    how = compare.Search(n_trials=2, n_steps=3, n_replicas=1)
+    how = compare.Search(n_trials=2, n_steps=3, n_seeds=1)
     for name in compare.NETWORKS:
         found = compare.run(Job("BasicMotions", 1, name), how)
         assert found["failure"] == "" and 0 <= found["accuracy"] <= 1 and found["parameters"] > 0

@@ -116,16 +116,28 @@ def verdict_table(answers: Answers) -> str:
 
 
 def cost_table(records: pd.DataFrame) -> str:
-    """Medians over data sets and resamples: seconds to train, parameters, and seconds for 1,000 predictions."""
+    """Medians over data sets and resamples: seconds to train, parameters, and seconds for 1,000 predictions.
+
+    They are those of the processor that most networks were trained on.
+    """
+    processor = _usual_processor(records)
     rows = []
     for method in METHODS:
         part = records[(records["method"] == method) & records["accuracy"].notna()]
+        part = part[part["processor"] == processor]
         if len(part):
             n = part["parameters"].median()
             seconds = part["seconds"].median(), part["seconds"].max(), part["seconds_per_1000"].median()
             once, most, predicting = ("< 0.1 s" if t < 0.1 else text.duration(t) for t in seconds)
             rows.append([method, once, most, UNKNOWN if np.isnan(n) else text.commas(n), predicting])
-    return text.table(["Method", "Training, median", "Longest", "Parameters", "1,000 predictions"], rows)
+    table = text.table(["Method", "Training, median", "Longest", "Parameters", "1,000 predictions"], rows)
+    return f"{table}\n\nOne core of {processor}, for one network or classifier whose settings are known."
+
+
+def _usual_processor(records: pd.DataFrame) -> str:
+    """The processor on which most networks were trained, or most methods if there is no network."""
+    networks = records[records["method"].isin(NETWORKS)]
+    return str((networks if len(networks) else records)["processor"].mode().iloc[0])
 
 
 def failures(records: pd.DataFrame) -> str:
@@ -142,10 +154,10 @@ def protocol(records: pd.DataFrame, how: Search) -> str:
         sizes = part.iloc[0]
         rows.append([str(data), ABOUT.get(str(data), ""), text.commas(sizes["n_train"]), text.commas(sizes["n_test"])])
     trained = (
-        f"Each network is tuned on each resample with {text.count(how.n_trials, 'trial')} of {how.n_steps} steps, by "
-        "one sampler. The settings with the lowest validation CE are trained again on training and validation "
-        f"samples with {how.n_replicas} seeds, whose mean accuracy counts. Classifiers of libraries are trained on the "
-        "same samples with their recommended settings. The test samples are seen once."
+        f"Each network is tuned on each resample with {text.count(how.n_trials, 'trial')} of {how.n_steps} steps and "
+        "one seed each, by one sampler. The settings with the lowest validation CE are trained again on training and "
+        f"validation samples with {how.n_seeds} seeds, whose mean accuracy counts. Classifiers of libraries are "
+        "trained on the same samples with their recommended settings. The test samples are seen once."
     )
     return text.table(["Data", "What it is", "Training samples", "Test samples"], rows) + "\n\n" + trained
 
