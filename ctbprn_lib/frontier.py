@@ -106,14 +106,18 @@ def cost_of(run: Run, task: Task) -> int:
     return training_cost(run.hyperparameters, task, run.n_steps)
 
 
-def runs(trials: pd.DataFrame, task: Task) -> tuple[list[Run], list[Run]]:
-    """Each trial of a front as a Run, and for each of them the published trial 2 trained at equal cost."""
+def runs(trials: pd.DataFrame, task: Task, factors: list[float]) -> tuple[list[Run], list[Run]]:
+    """Each trial of a front as a Run, and for each of them the published trial 2 trained at equal cost.
+
+    factors: times the cost of the dearest for which its settings are trained as well, beyond what was searched.
+    """
     two = published.hyperparameters(2)
     two = replace(two, seq_len=min(two.seq_len, task.n_tokens))
     found = []
     for row in trials.to_dict("records"):
         hp = search.hyperparameters(pd.Series(row))
         found.append(Run(f"trial {row['trial']}", hp, int(row[search.LENGTH])))
+    found += longer(found[-1], factors, task)
     lengths = [steps_for(two, task, cost_of(run, task)) for run in found]
     return found, [Run(f"published trial 2, {n} steps", two, n) for n in lengths]
 
@@ -257,15 +261,24 @@ def known(task: dict[str, Any], but: str = "") -> dict[str, Any] | None:
     return None
 
 
-def minutes_of(times: str) -> list[float]:
-    """Times in minutes, such as "1,10,60".  Raises InputError for anything else than numbers above 0 between commas."""
+def numbers(text: str, name: str, kind: str, above: float = 0) -> list[float]:
+    """Numbers between commas, such as "1,10,60".  Raises InputError for anything else, or one not above a limit.
+
+    name and kind: of the parameter that text is, and of its numbers, for the message.
+    """
     try:
-        minutes = [float(part) for part in times.split(",")]
+        found = [float(part) for part in text.split(",")]
     except ValueError:
-        minutes = []
-    if not minutes or not all(0 < time < math.inf for time in minutes):
-        raise InputError(f"times must be minutes between commas, such as 1,10,60, got {times!r}")
-    return minutes
+        found = []
+    if not found or not all(above < number < math.inf for number in found):
+        raise InputError(f"{name} must be {kind} above {above:g} between commas, such as 2,10,60, got {text!r}")
+    return found
+
+
+def longer(run: Run, factors: list[float], task: Task) -> list[Run]:
+    """The settings of a Run, trained for so many times the cost."""
+    lengths = [steps_for(run.hyperparameters, task, factor * cost_of(run, task)) for factor in factors]
+    return [replace(run, role=f"{run.role}, {n} steps", n_steps=n, name="") for n in lengths]
 
 
 def rates(points: pd.DataFrame, task: Task, device: str = "auto") -> list[float]:

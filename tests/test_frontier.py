@@ -51,7 +51,7 @@ def test_a_thinned_front_keeps_the_dearest_and_a_factor_between_costs():
 
 
 def test_rivals_cost_the_same_and_one_question_is_asked_of_each(small_task):
-    found, rivals = frontier.runs(trials([5.0, 9.0, 40.0], [3.0, 2.0, 1.0]), small_task)
+    found, rivals = frontier.runs(trials([5.0, 9.0, 40.0], [3.0, 2.0, 1.0]), small_task, [])
     assert [run.n_steps for run in found] == [10, 11, 12]
     two = training_cost(rivals[0].hyperparameters, small_task, 1)
     for run, rival in zip(found, rivals, strict=True):
@@ -177,8 +177,20 @@ def test_what_fits_into_a_time_is_the_best_point_or_the_dearest_trained_for_long
     table = budgets.times_table(front, {1.0: longer}, {}, small_task)
     assert "not run" in table and "by the law" in table
     for times in ("", "a", "1,0", "1,inf"):
-        with pytest.raises(InputError, match="minutes between commas"):
-            frontier.minutes_of(times)
+        with pytest.raises(InputError, match="minutes above 0 between commas"):
+            frontier.numbers(times, "times", "minutes")
+
+
+def test_the_dearest_point_is_trained_for_longer_at_multiples_of_its_cost(small_task):
+    found, rivals = frontier.runs(trials([5.0, 9.0], [3.0, 2.0]), small_task, [2.0, 8.0])
+    costs = [frontier.cost_of(run, small_task) for run in found]
+    assert [run.name for run in found[:2]] == ["trial 0", "trial 1"] and len({run.name for run in found}) == 4
+    assert costs[2:] == [2 * costs[1], 8 * costs[1]] and len(rivals) == 4
+    assert found[3].hyperparameters == found[1].hyperparameters
+    said = budgets.by_hand([], pd.DataFrame(dict(name=[], kind=[])), [run.name for run in found[2:]])
+    assert said.startswith("Not from the search") and found[3].name in said
+    with pytest.raises(InputError, match="factors above 1 between commas"):
+        frontier.numbers("2,1", "longer", "factors", above=1)
 
 
 def test_a_study_over_cost_is_confirmed_by_its_own_notebook_and_no_other_study(project, run_here, capsys):

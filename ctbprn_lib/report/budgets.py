@@ -197,15 +197,18 @@ def searched(space: Mapping[str, Any]) -> str:
     return text.table(["Searched", "Range"], rows)
 
 
-def by_hand(given: Sequence[str], points: pd.DataFrame) -> str:
-    """How many trials no sampler chose, and which points of the front are among them."""
-    if not given:
-        return ""
-    shown = [name for name in points[points["kind"] == FRONT]["name"] if name in given]
-    among = f" Of the points above, {', '.join(shown)} are among them." if shown else ""
-    return (
-        f"{text.count(len(given), 'trial')} had settings that were given by hand; the sampler chose the others.{among}"
-    )
+def by_hand(given: Sequence[str], points: pd.DataFrame, longer: Sequence[str] = ()) -> str:
+    """How many trials no sampler chose, which points of the front are among them, and which are trained for longer."""
+    said = []
+    if given:
+        said.append(
+            f"{text.count(len(given), 'trial')} had settings that were given by hand; the sampler chose the others."
+        )
+        shown = [name for name in points[points["kind"] == FRONT]["name"] if name in given]
+        said += [f"Of the points above, {', '.join(shown)} are among them."] if shown else []
+    if longer:
+        said.append(f"Not from the search, but its dearest point above trained for longer: {'; '.join(longer)}.")
+    return " ".join(said)
 
 
 def law_sentences(points: pd.DataFrame) -> str:
