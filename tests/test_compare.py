@@ -247,3 +247,8 @@ def test_the_page_of_own_data(project, run_here, capsys, monkeypatch):
     ):
         assert said in shown
     assert "9 of 9: mine.npz, resample 2, CTBPRN" in capsys.readouterr().out
+
+
+def test_of_exact_copies_the_first_is_kept():
+    x = np.random.default_rng(0).normal(size=(4, 5, 2))
+    assert compare.first_of_copies(x[[2, 0, 2, 1, 0, 3]]).tolist() == [0, 1, 3, 5]

@@ -157,7 +157,8 @@ def protocol(records: pd.DataFrame, how: Search) -> str:
         f"Each network is tuned on each resample with {text.count(how.n_trials, 'trial')} of {how.n_steps} steps and "
         "one seed each, by one sampler. The settings with the lowest validation CE are trained again on training and "
         f"validation samples with {how.n_seeds} seeds, whose mean accuracy counts. Classifiers of libraries are "
-        "trained on the same samples with their recommended settings. The test samples are seen once."
+        "trained on the same samples with their recommended settings. The test samples are seen once. "
+        "Exact copies of a recording are left out of the sets that packages ship."
     )
     return text.table(["Data", "What it is", "Training samples", "Test samples"], rows) + "\n\n" + trained
 
