@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from scipy.special import stdtr
 from ctbprn_lib import InputError, evidence, files, recordings, search, storage
 from ctbprn_lib.device import processor_name
 from ctbprn_lib.evidence import Answer, Contrast, Look, Question
+from ctbprn_lib.processes import follow_parent
 from ctbprn_lib.scoring import score
 from ctbprn_lib.search import Space
 from ctbprn_lib.tasks import ArrayTask, RoutingTask, load_arrays
@@ -423,30 +425,48 @@ def run_all(
     known = set(zip(records["data"], records["resample"].astype(int), records["method"], strict=True))
     left = [job for job in wanted if tuple(job) not in known]
     n_workers = n_workers or len(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("spawn")
-    environment = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ |= environment  # for the processes that are started
     rows = records.to_dict("records")
-    try:
-        with ProcessPoolExecutor(n_workers, mp_context=context) as pool:
-            running: set[Future] = set()
+    for record in _in_processes(left, n_workers, ends, how, seed):
+        rows.append(record)
+        with files.whole(path) as new:
+            pd.DataFrame(rows, columns=COLUMNS).to_csv(new, index=False)
+        if on_done:
+            on_done(record, len(wanted) - len(left) + len(rows) - len(records), len(wanted))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _in_processes(left: list[Job], n_workers: int, ends: float, how: Search, seed: int) -> Iterator[dict[str, Any]]:
+    """The records of the jobs as they are done, by single-threaded processes that end with this one."""
+    context, left, running = multiprocessing.get_context("spawn"), list(left), set[Future]()
+    with (
+        _environment(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1"),
+        ProcessPoolExecutor(n_workers, mp_context=context, initializer=follow_parent) as pool,
+    ):
+        try:
             while left or running:
                 while left and len(running) < n_workers and time.monotonic() < ends:
                     running.add(pool.submit(run, left.pop(0), how, seed))
                 if not running:
-                    break
+                    return
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    rows.append(future.result())
-                    with files.whole(path) as new:
-                        pd.DataFrame(rows, columns=COLUMNS).to_csv(new, index=False)
-                    if on_done:
-                        on_done(rows[-1], len(wanted) - len(left) - len(running), len(wanted))
+                    yield future.result()
+        except BaseException:  # Ctrl-C, or a disk that is full
+            for process in context.active_children():
+                process.terminate()
+            raise
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables that the processes which are started meanwhile inherit."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ |= values
+    try:
+        yield
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def corrected(a: np.ndarray, b: np.ndarray, n_train: int, n_test: int, margin: float) -> Look:

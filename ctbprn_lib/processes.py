@@ -180,9 +180,8 @@ class _Crew:
 
 def _work(work: Work, device: str, ends_at: float, errors: Connection) -> None:
     """What a worker process does from its start to its end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    follow_parent()
     work.device = device
     try:
         for _ in workers.work(work, work.open(), ends_at):
@@ -191,6 +190,12 @@ def _work(work: Work, device: str, ends_at: float, errors: Connection) -> None:
         errors.send(error)
     except Exception:
         errors.send(RuntimeError(f"a worker ended in an error:\n{traceback.format_exc()}"))
+
+
+def follow_parent() -> None:
+    """Leave Ctrl-C to the parent of this process, which then ends it, and end with the parent however that one dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:

@@ -1,11 +1,16 @@
 """CTBPRN beside other methods: resamples, the corrected test, the Transformer, records and the page."""
 
 import math
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
+from crew import until
 from scipy import stats
 
 from ctbprn_lib import InputError, compare, evidence, tasks, train, watch
@@ -196,6 +201,29 @@ def test_records_are_kept_and_what_is_done_is_not_done_again(tmp_path):
     pd.testing.assert_frame_equal(compare.read(place), both, check_dtype=False)
     majority = both[both["method"] == MAJORITY]["accuracy"]
     assert (majority == 0.25).all()  # four classes of equal size
+
+
+LONG = """
+import sys
+from pathlib import Path
+from ctbprn_lib import compare
+
+if __name__ == "__main__":
+    jobs = [compare.Job("BasicMotions", i, compare.CTBPRN) for i in range(4)]
+    compare.run_all(jobs, Path(sys.argv[1]), compare.Search(1, 10**7), n_workers=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_processes_end_with_the_one_that_began_them(tmp_path, number):
+    (tmp_path / "long.py").write_text(LONG)
+    process = subprocess.Popen([sys.executable, tmp_path / "long.py", tmp_path / "r.csv"], stderr=subprocess.DEVNULL)
+    until(lambda: sum(child.cpu_times().user > 3 for child in psutil.Process(process.pid).children()) == 2)
+    children = psutil.Process(process.pid).children()
+    process.send_signal(number)
+    assert process.wait(20) != 0
+    assert psutil.wait_procs(children, 20)[1] == []
 
 
 def test_minirocket_gets_what_its_library_documents():
