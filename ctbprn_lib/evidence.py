@@ -13,9 +13,7 @@ import numpy as np
 import optuna
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy import stats
 from scipy.special import expit, logit, stdtr, stdtrit
-from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 
 from ctbprn_lib import InputError
 
@@ -51,7 +49,7 @@ def mean_interval(scores: ArrayLike, level: float = 0.95, nats: bool = False) ->
             f"scores must not be below 0 or, but for nats, above 1; got {values.min():g}, {values.max():g}"
         )
     mean = values.mean()
-    half = stats.t.ppf((1 + level) / 2, values.size - 1) * stats.sem(values)
+    half = stdtrit(values.size - 1, (1 + level) / 2) * values.std(ddof=1) / np.sqrt(values.size)
     if half == 0:
         return float(mean), float(mean), float(mean)
     if nats:
@@ -62,8 +60,11 @@ def mean_interval(scores: ArrayLike, level: float = 0.95, nats: bool = False) ->
 
 def sample_interval(share: float, n: int) -> tuple[float, float]:
     """The 95 % interval (low, high) of a share in [0, 1] that was measured on n samples.  Source: Wilson (1927)."""
-    interval = stats.binomtest(round(share * n), n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    z = NormalDist().inv_cdf(0.975)
+    p = round(share * n) / n
+    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = ((middle + side) / (1 + z**2 / n) for side in (-half, half))
+    return (low if p > 0 else 0.0), (high if p < 1 else 1.0)
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
@@ -95,15 +96,16 @@ def compare(a: ArrayLike, b: ArrayLike, paired: bool = False) -> Comparison:
     Scores that are not finite are left out (with their partner, if paired). If the scores do not spread at all,
     p_value is 1.
     Raises InputError for fewer than two finite scores on a side, or for pairs of unequal number.
-    Source: Welch (1947), Student (1908) for pairs, as scipy.stats has them.
+    Source: Welch (1947), Student (1908) for pairs.
     """
     a, b = _finite(a, b, paired)
     if _no_spread(a, b, paired):  # t is undefined, for example if every seed scores the same on few test samples
-        effect = float(a.mean() - b.mean())
-        return Comparison(effect, effect, effect, 1.0)
-    test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
-    interval = test.confidence_interval(0.95)
-    return Comparison(float(a.mean() - b.mean()), float(interval.low), float(interval.high), float(test.pvalue))
+        same = float(a.mean() - b.mean())
+        return Comparison(same, same, same, 1.0)
+    effect, variance, df = _difference(a, b, paired)
+    error = np.sqrt(variance)
+    half = stdtrit(df, 0.975) * error
+    return Comparison(*map(float, (effect, effect - half, effect + half, 2 * stdtr(df, -abs(effect) / error))))
 
 
 def equivalence(a: ArrayLike, b: ArrayLike, margin: float, paired: bool = False) -> float:
@@ -111,13 +113,26 @@ def equivalence(a: ArrayLike, b: ArrayLike, margin: float, paired: bool = False)
 
     a, b, paired and the errors are those of compare; margin is in the units of the scores. If the scores do not spread
     at all, the p-value is 1.
-    Source: the two one-sided tests of Schuirmann (1987), as statsmodels has them.
+    Source: the two one-sided tests of Schuirmann (1987).
     """
     a, b = _finite(a, b, paired)
     if _no_spread(a, b, paired):
         return 1.0
-    test = ttost_paired(a, b, -margin, margin) if paired else ttost_ind(a, b, -margin, margin, usevar="unequal")
-    return float(test[0])
+    effect, variance, df = _difference(a, b, paired)
+    return float(stdtr(df, (abs(effect) - margin) / np.sqrt(variance)))
+
+
+def _difference(a: np.ndarray, b: np.ndarray, paired: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """mean(a) - mean(b) over the last axis, the variance of that, and its degrees of freedom, each (...)."""
+    effect = np.asarray(a.mean(-1) - b.mean(-1))
+    if paired:
+        n = a.shape[-1]
+        return effect, (a - b).var(-1, ddof=1) / n, np.full_like(effect, n - 1)
+    of_a, of_b = (side.var(-1, ddof=1) / side.shape[-1] for side in (a, b))
+    n, m = a.shape[-1] - 1, b.shape[-1] - 1
+    squares = of_a**2 / n + of_b**2 / m
+    df = np.divide((of_a + of_b) ** 2, squares, out=np.full_like(effect, min(n, m)), where=squares > 0)
+    return effect, of_a + of_b, df
 
 
 def _finite(a: ArrayLike, b: ArrayLike, paired: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -165,6 +180,8 @@ def trends(trials: pd.DataFrame, names: Iterable[str], score: str) -> pd.DataFra
     (Holm over names).
     A sampler does not choose trials at random, so this describes the trials; only an ablation measures effects.
     """
+    from scipy import stats  # here, because it takes half a second, which every worker would wait for
+
     rows = []
     y = stats.rankdata(trials[score])
     for name in names:
@@ -209,7 +226,7 @@ def importance(
     is above the placebo's in at least 97.5 % of the resamples).
     Source: PED-ANOVA (Watanabe et al., 2023), as Optuna has it.
     """
-    ranks = stats.rankdata(ranking, "ordinal")
+    ranks = 1 + np.argsort(np.argsort(ranking, kind="stable"))
     ranked = [
         optuna.create_trial(params=trial.params, distributions=trial.distributions, value=float(rank))
         for trial, rank in zip(trials, ranks, strict=True)
@@ -424,17 +441,9 @@ def t_tests(
     nothing is shown.
     Source: Student (1908) for pairs, else Welch (1947); p_below and p_above as in Schuirmann (1987).
     """
+    effect, variance, df = _difference(a, b, paired)
     n = a.shape[-1]
-    effect = a.mean(-1) - b.mean(-1)
-    if paired:
-        variance = (a - b).var(-1, ddof=1)
-        df = np.full_like(effect, n - 1)
-    else:
-        of_a, of_b = a.var(-1, ddof=1), b.var(-1, ddof=1)
-        variance = of_a + of_b
-        squares = of_a**2 + of_b**2
-        df = (n - 1) * np.divide(variance**2, squares, out=np.ones_like(effect), where=squares > 0)
-    sd = np.maximum(np.sqrt(variance), resolution)
+    sd = np.maximum(np.sqrt(n * variance), resolution)
     sd = np.where(sd < 1e-9, np.inf, sd)  # rounding is no spread
     error = sd / np.sqrt(n)
     p_zero = 2 * stdtr(df, -np.abs(effect) / error)

@@ -14,7 +14,7 @@ import numpy as np
 import optuna
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from ctbprn_lib import InputError, evidence, files, published, search, storage
 from ctbprn_lib.confirm import Run
@@ -212,7 +212,7 @@ class PowerLaw:
         x = np.log(np.asarray(cost, dtype=float))
         y = self.level + self.slope * x
         share = 1 / self.n + (x - self.at) ** 2 / self.spread + (0 if of_mean else 1)
-        half = student.ppf(0.975, self.n - 2) * self.sd * np.sqrt(share)
+        half = stdtrit(self.n - 2, 0.975) * self.sd * np.sqrt(share)
         return np.exp(y), np.exp(y - half), np.exp(y + half)
 
     def cost_for(self, error: float) -> tuple[float, float, float]:

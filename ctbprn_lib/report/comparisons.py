@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import yaml
-from scipy import optimize, stats
 
 from ctbprn_lib import evidence
 from ctbprn_lib.evidence import (
@@ -522,6 +521,8 @@ def _schedule(n_seeds: Mapping[str, int]) -> Schedule:
 
 def _smallest_effect(sd: float, n: int, df: float, level: float) -> float:
     """The difference that a two-sided t test at this level shows after n seeds in 80 % of cases.  sd, df: see Look."""
+    from scipy import optimize, stats  # here, because they take half a second
+
     critical = stats.t.isf(level / 2, df)
     noncentrality = optimize.brentq(lambda x: stats.nct.sf(critical, df, x) - 0.8, 0, 3 * critical + 3)
     return sd * noncentrality / math.sqrt(n)
