@@ -20,9 +20,16 @@ Answers = Mapping[tuple[str, str], Answer]
 
 
 def means(records: pd.DataFrame) -> pd.DataFrame:
-    """(data sets, methods) mean accuracy over the resamples that are there."""
-    table = records.pivot_table(index="data", columns="method", values="accuracy", sort=False)
+    """(data sets, methods) mean accuracy over the resamples that all methods have of a data set."""
+    table = _shared(records).groupby("data", sort=False).mean()
     return table.reindex(columns=[method for method in reversed(METHODS) if method in table])
+
+
+def _shared(records: pd.DataFrame) -> pd.DataFrame:
+    """((data set, resample), methods) accuracy where all methods that could be run on the data set have one."""
+    table = records.pivot_table(index=["data", "resample"], columns="method", values="accuracy", sort=False)
+    could_run = table.notna().groupby("data", sort=False).transform("any")
+    return table[(table.notna() | ~could_run).all(axis=1)]
 
 
 def rivals(records: pd.DataFrame) -> pd.Series:
@@ -96,7 +103,7 @@ def regularisation(answers: Answers) -> str:
 def accuracy_table(records: pd.DataFrame) -> str:
     """Mean accuracy of each method on each data set, in per cent, the highest in bold."""
     table = means(records)
-    n = records[records["accuracy"].notna()].groupby("data")["resample"].nunique()
+    n = _shared(records).groupby("data").size()
     rows = []
     for data, row in table.iterrows():
         best = row.max()
@@ -118,9 +125,9 @@ def verdict_table(answers: Answers) -> str:
 def cost_table(records: pd.DataFrame) -> str:
     """Medians over data sets and resamples: seconds to train, parameters, and seconds for 1,000 predictions.
 
-    They are those of the processor that most networks were trained on.
+    They are those of the processor that most jobs were done on.
     """
-    processor = _usual_processor(records)
+    processor = records["processor"].mode().iloc[0]
     rows = []
     for method in METHODS:
         part = records[(records["method"] == method) & records["accuracy"].notna()]
@@ -132,12 +139,6 @@ def cost_table(records: pd.DataFrame) -> str:
             rows.append([method, once, most, UNKNOWN if np.isnan(n) else text.commas(n), predicting])
     table = text.table(["Method", "Training, median", "Longest", "Parameters", "1,000 predictions"], rows)
     return f"{table}\n\nOne core of {processor}, for one network or classifier whose settings are known."
-
-
-def _usual_processor(records: pd.DataFrame) -> str:
-    """The processor on which most networks were trained, or most methods if there is no network."""
-    networks = records[records["method"].isin(NETWORKS)]
-    return str((networks if len(networks) else records)["processor"].mode().iloc[0])
 
 
 def failures(records: pd.DataFrame) -> str:
