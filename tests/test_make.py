@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ctbprn_lib import report
-from ctbprn_lib.report import make, publish
+from ctbprn_lib.report import make, publish, text
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
@@ -100,3 +100,8 @@ def test_a_notebook_that_fails_ends_it_with_its_last_words(monkeypatch, tmp_path
     assert nbformat.read(tmp_path / "runs" / "good.ipynb", 4).cells[-1].outputs[0].text == "7 '8'\n"
     with pytest.raises(SystemExit, match="bad has failed: ValueError: no such thing"):
         make._run([{"good": {}}, {"bad": {}, "good": {}}])
+
+
+def test_a_terminal_shows_no_marks_of_markdown():
+    said = text.plain("- **Better**: [96.2, 97.6] (n = 3), `trial 4` of\n  [frontier](../frontier/report.md) is right.")
+    assert said == "- Better: [96.2, 97.6] (n = 3), trial 4 of\n  frontier is right."

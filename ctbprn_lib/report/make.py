@@ -19,7 +19,7 @@ import torch
 
 from ctbprn_lib import InputError, processes, report, storage, tasks, workers
 from ctbprn_lib.device import device_name, resolve_device
-from ctbprn_lib.report import publish
+from ctbprn_lib.report import publish, text
 from ctbprn_lib.train import Budget, Hyperparameters, fit
 
 Parameters = dict[str, Any]
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\nDone in {_duration(time.monotonic() - started)}.")
     print(f"  the report:          reports/{study}/report.html")
     print(f"  about the original:  reports/{reproduced}/report.html\n")
-    print(report.render(report.load(study), "verdict").replace("**", "").replace("`", ""))
+    print(text.plain(report.render(report.load(study), "verdict")))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -203,6 +203,11 @@ def header(cells: Iterable[Any]) -> str:
     return f"{_line(names)}\n{_line(['---'] * len(names))}"
 
 
+def plain(markdown: str) -> str:
+    """Markdown as a terminal shall show it: without the marks of bold and code, and without the addresses of links."""
+    return re.sub(r"\[([^][]+)\]\([^()]*\)", r"\1", markdown).replace("**", "").replace("`", "")
+
+
 def table(cells: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
     """A Markdown table: its header, and rows of cells that are Markdown already."""
     return "\n".join([header(cells), *map(_line, rows)])
