@@ -41,6 +41,15 @@ OUT_OF_TIME = (
 )
 
 
+def announce(record: dict[str, Any], done: int, total: int) -> None:
+    """Print what a block of seeds scored, or why it could not be trained: an OnDone for a notebook."""
+    accuracy, ce, seconds = (
+        record.get(name, math.nan) for name in ("mean_test_accuracy", "mean_test_ce", "train_seconds")
+    )
+    scores = record.get("failure", f"{100 * accuracy:5.1f} %, {ce:.4f} nats, {seconds:.0f} s")
+    print(f"{done:3d} of {total}: {scores}  {record['name']}", flush=True)
+
+
 @dataclass(frozen=True)
 class Run:
     """One configuration trained with fresh seeds, and why: its role ("trial 3", "defaults"), or what is ablated.

@@ -143,7 +143,7 @@ def test_a_law_that_holds_is_said_to_hold_and_what_it_takes_is_said():
     assert float(times) == pytest.approx(2**4.81, rel=0.03)
     flat = budgets.law_sentences(points(np.linspace(0.2, 0.3, 8)))
     assert "no cost reaches it" in flat
-    assert "is reached." in budgets.law_sentences(points(0.006 * 2 ** (-0.5 * np.arange(8))))
+    assert "is reached by trial" in budgets.law_sentences(points(0.006 * 2 ** (-0.5 * np.arange(8))))
     assert "needs six" in budgets.law_sentences(points([0.3, 0.2, 0.1, 0.05]))
 
 

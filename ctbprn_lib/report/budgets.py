@@ -181,7 +181,7 @@ def times_table(
         rows.append(
             [
                 f"{minutes:g} min",
-                f"{run.role}, {text.commas(run.n_steps)} steps",
+                f"{run.role.split(',')[0]}, {text.commas(run.n_steps)} steps",
                 f"{text.percent(expected)}, {basis}",
                 *said,
             ]
@@ -232,11 +232,12 @@ def law_sentences(points: pd.DataFrame) -> str:
             f"{mean:.2f} times the predicted ones, from {np.exp(ratio.min()):.2f} to {np.exp(ratio.max()):.2f} times."
         )
         goal = 1 - GOALS[score] if score == "test_accuracy" else GOALS[score]
-        best = front["error"].min()
+        reached = front[front["error"] <= goal]
         aim = text.percent(GOALS[score]) + " right" if score == "test_accuracy" else f"{goal:g} nats"
         middle, low_cost, high_cost = whole.cost_for(goal)
-        if best <= goal:
-            said.append(f"    The goal of {aim} is reached.")
+        if len(reached):
+            by = f"{reached['name'].iloc[0].split(':')[0]} for {cost(reached['cost'].iloc[0])} multiply-adds"
+            said.append(f"    The goal of {aim} is reached by {by}.")
         elif math.isinf(middle):
             said.append(f"    The goal of {aim} is not reached, and by this law no cost reaches it.")
         else:
