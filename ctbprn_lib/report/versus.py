@@ -16,6 +16,7 @@ from ctbprn_lib.report import text
 from ctbprn_lib.report.text import UNKNOWN
 
 OTHERS = tuple(name for name in NETWORKS if name not in (CTBPRN, REGULARISED))
+WORTH, NOT_WORTH, OPEN = "Worth it on", "Not worth it on", "Not decided on"
 Answers = Mapping[tuple[str, str], Answer]
 
 
@@ -47,28 +48,40 @@ def verdict(answer: Answer) -> str:
     return f"at most {text.most_points(answer)}"
 
 
+def standing(records: pd.DataFrame, answers: Answers) -> dict[str, str]:
+    """{data set: WORTH, NOT_WORTH or OPEN}: whether CTBPRN is worth it there.
+
+    It is not where it is worse than some other method, and it is where it is better than the best other one, or the
+    same.
+    """
+    found = {}
+    for data, rival in rivals(records).items():
+        others = {other: answer for (of, other), answer in answers.items() if of == data and other != REGULARISED}
+        if any(answer.verdict == evidence.WORSE for answer in others.values()):
+            found[str(data)] = NOT_WORTH
+        elif rival in others and others[rival].verdict in (evidence.BETTER, evidence.SAME):
+            found[str(data)] = WORTH
+        else:
+            found[str(data)] = OPEN
+    return found
+
+
 def advice(records: pd.DataFrame, answers: Answers) -> str:
     """On which data CTBPRN is worth it, on which it is not and what to take then, and what is open: three lines."""
-    best = rivals(records)
-    good, bad, unclear = [], [], []
-    for data, rival in best.items():
-        others = {other: answer for (of, other), answer in answers.items() if of == data and other != REGULARISED}
-        worse = [other for other, answer in others.items() if answer.verdict == evidence.WORSE]
-        found = others.get(rival)
-        if worse:
-            bad.append(f"{data} (take {rival})")
-        elif found and found.verdict in (evidence.BETTER, evidence.SAME):
-            good.append(f"{data} ({'better than' if found.verdict == evidence.BETTER else 'the same as'} {rival})")
+    ahead, best = means(records), rivals(records)
+    said: dict[str, list[str]] = {WORTH: [], NOT_WORTH: [], OPEN: []}
+    for data, kind in standing(records, answers).items():
+        rival = best[data]
+        if kind == WORTH:
+            is_better = answers[data, rival].verdict == evidence.BETTER
+            how = f"better than {rival}" if is_better else f"the same as {rival}"
+        elif kind == NOT_WORTH:
+            how = f"take {rival}"
         else:
-            ahead = means(records).loc[data]
-            gap = text.signed_points(ahead.get(CTBPRN, math.nan) - ahead[rival])
-            unclear.append(f"{data} ({gap} points beside {rival})")
-    lines = [
-        f"- **Worth it on**: {', '.join(good) if good else 'none of these data sets'}.",
-        f"- **Not worth it on**: {', '.join(bad) if bad else 'none of these data sets'}.",
-        f"- **Not decided on**: {', '.join(unclear) if unclear else 'none of these data sets'}.",
-    ]
-    return "\n".join(lines)
+            gap = ahead.loc[data].get(CTBPRN, math.nan) - ahead.loc[data, rival]
+            how = f"{text.signed_points(gap)} points beside {rival}"
+        said[kind].append(f"{data} ({how})")
+    return "\n".join(f"- **{kind}**: {', '.join(sets) or 'none of these data sets'}." for kind, sets in said.items())
 
 
 def seldom(records: pd.DataFrame, answers: Answers) -> str:
