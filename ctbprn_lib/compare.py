@@ -469,16 +469,20 @@ def _environment(**values: str) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
-def corrected(a: np.ndarray, b: np.ndarray, n_train: int, n_test: int, margin: float) -> Look:
+def corrected(
+    a: np.ndarray, b: np.ndarray, n_train: int, n_test: int, margin: float, are_independent: bool = False
+) -> Look:
     """The corrected resampled t test of paired accuracies a, b (J,) of J resamples.
 
     Resamples share samples, so their differences are not independent: the variance of the mean is not var / J but
     (1 / J + n_test / n_train) var. A spread of less than one test sample counts as one.
+    are_independent: True for data that are drawn anew each time, which need no correction.
     Source: Nadeau and Bengio (2003), Inference for the generalization error, Machine Learning 52.
     """
     difference, J = np.asarray(a) - np.asarray(b), len(a)
     spread = max(float(difference.std(ddof=1)), 1 / n_test)
-    sd = spread * np.sqrt(1 + J * n_test / n_train)  # so that the standard error is sd / sqrt(J)
+    shared = 0 if are_independent else n_test / n_train
+    sd = spread * np.sqrt(1 + J * shared)  # so that the standard error is sd / sqrt(J)
     effect, error = float(difference.mean()), float(sd / np.sqrt(J))
     below, above, zero = (effect + margin) / error, (effect - margin) / error, abs(effect) / error
     p_zero, p_below, p_above = 2 * stdtr(J - 1, -zero), stdtr(J - 1, -below), stdtr(J - 1, above)
@@ -500,7 +504,8 @@ def verdicts(records: pd.DataFrame, name: str = CTBPRN, margin: float = MARGIN) 
             pairs = of.reindex(columns=[name, other]).dropna()
             if len(pairs) >= 3:
                 n_train, n_test = (int(n) for n in sizes.loc[data])
-                looks[data, other] = corrected(pairs[name].to_numpy(), pairs[other].to_numpy(), n_train, n_test, margin)
+                a, b = (pairs[method].to_numpy() for method in (name, other))
+                looks[data, other] = corrected(a, b, n_train, n_test, margin, are_independent=data == "routing")
     answers = {}
     for (data, other), look in looks.items():
         question = Question(f"{data}: {other}", (Contrast(name, other, paired=True),), margin=margin)
