@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ctbprn_lib import evidence, published, tasks
+from ctbprn_lib import compare, evidence, published, tasks
 from ctbprn_lib.evidence import BETTER, SAME, WORSE
 from ctbprn_lib.model import Classifier
-from ctbprn_lib.report import comparisons
+from ctbprn_lib.report import comparisons, versus
 from ctbprn_lib.report import text as form
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +75,14 @@ def test_the_table_holds_the_numbers_of_the_records():
         "Ceiling": [form.percent(about["baselines"]["ceiling"], ""), *dash],
     }
     assert f"a linear rule gets {form.percent(about['baselines']['linear rule'])} without" in " ".join(README.split())
+
+
+def test_whether_it_is_worth_it_is_what_was_decided():
+    (path,) = (ROOT / "reports" / "compare").glob("records-*.csv")
+    records = compare.read(path)
+    found = versus.standing(records, compare.verdicts(records))
+    assert len(found) == 10 and versus.WORTH not in found.values()
+    assert "shown to be worth it on none of ten data sets" in README
 
 
 def test_what_matters_and_what_does_not_is_what_was_decided():
