@@ -22,10 +22,11 @@ from ctbprn_lib.evidence import Contrast, Plan, Question, Schedule
 from ctbprn_lib.scoring import score
 from ctbprn_lib.search import Space
 from ctbprn_lib.tasks import Task
-from ctbprn_lib.train import TABLE, Budget, Hyperparameters, fit, training_cost
+from ctbprn_lib.train import KINDS, TABLE, Budget, Hyperparameters, fit, training_cost
 
 DOUBLING = 2.0
-FRONT, RIVAL = "front of the search", "published trial 2"  # kinds of points
+# kinds of points; CHANGED: a point of the front of which one hyperparameter has another value
+FRONT, RIVAL, CHANGED = "front of the search", "published trial 2", "changed"
 MARGIN = 0.002  # a fifth of a point of accuracy: near the ceiling all differences are small
 FEW_STEPS = 20  # after which it is known how fast a network is trained
 SHARE = 0.95  # of a time that a training may take; the rest is for scoring
@@ -122,6 +123,34 @@ def runs(trials: pd.DataFrame, task: Task, factors: list[float]) -> tuple[list[R
     return found, [Run(f"published trial 2, {n} steps", two, n) for n in lengths]
 
 
+def changed(found: list[Run], setting: str) -> list[Run]:
+    """Each Run with another value of one hyperparameter, such as "gate_noise=0".  "" changes nothing: no Runs.
+
+    Raises InputError for an unknown hyperparameter, a value that it cannot have, or one that changes nothing.
+    """
+    if not setting:
+        return []
+    name, _, given = setting.partition("=")
+    if name not in TABLE or not given:
+        raise InputError(f"changed must be a hyperparameter and its value, such as gate_noise=0, got {setting!r}")
+    try:
+        value = KINDS[name](given)
+    except ValueError:
+        raise InputError(f"changed: {name} cannot be {given!r}") from None
+    runs = [
+        replace(
+            run,
+            role=f"{run.role}, {TABLE[name].label.lower()} {TABLE[name].text(value)}",
+            hyperparameters=replace(run.hyperparameters, **{name: value}),
+            name="",
+        )
+        for run in found
+    ]
+    if any(new.hyperparameters == run.hyperparameters for new, run in zip(runs, found, strict=True)):
+        raise InputError(f"changed: {setting} is what a point of the front has already")
+    return runs
+
+
 def taken_apart(found: list[Run], task: Task) -> Run:
     """The point that is trained without its parts: the dearest that costs at most an eighth of the dearest of all.
 
@@ -146,16 +175,19 @@ def plan(found: list[Run], rivals: list[Run], schedule: Schedule) -> Plan:
 def points(runs: pd.DataFrame, about: dict[str, Any], task: Task) -> pd.DataFrame:
     """One row a configuration that has been trained, the cheapest first within each kind.
 
-    runs, about: confirm.records, whose about has "front", the names of the front's points.
-    Columns: name, kind (FRONT, RIVAL or "", for one without a part), without, the hyperparameters, n_steps, cost in
-    multiply-adds, seeds, seconds of one seed on one core, device, val_ce, and test_accuracy, test_ce and
+    runs, about: confirm.records, whose about has "front", the names of the front's points, and "changed", {name of a
+    changed point: that of the point itself}.
+    Columns: name, kind (FRONT, RIVAL, CHANGED or "", for one without a part), without, the hyperparameters, n_steps,
+    cost in multiply-adds, seeds, seconds of one seed on one core, device, val_ce, and test_accuracy, test_ce and
     route_accuracy, each with _low and _high (95 % interval over seeds).
     """
     rows = []
     for configuration, part in runs.groupby("name", sort=False):
         first = part.iloc[0]
         hp = search.hyperparameters(first)
-        kind = FRONT if configuration in about["front"] else "" if first["without"] else RIVAL
+        kind = "" if first["without"] else RIVAL
+        kind = FRONT if configuration in about["front"] else kind
+        kind = CHANGED if configuration in about.get("changed", {}) else kind
         row = {"name": configuration, "kind": kind, "without": first["without"]} | asdict(hp)
         row |= {"n_steps": int(first["n_steps"]), "cost": training_cost(hp, task, int(first["n_steps"]))}
         row |= {"seeds": len(part), "seconds": part["train_seconds"].mean() / about["n_seeds"]}
@@ -165,7 +197,7 @@ def points(runs: pd.DataFrame, about: dict[str, Any], task: Task) -> pd.DataFram
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
         rows.append(row)
     table = pd.DataFrame(rows).sort_values("cost", kind="stable")
-    return pd.concat([table[table["kind"] == kind] for kind in (FRONT, RIVAL, "")], ignore_index=True)
+    return pd.concat([table[table["kind"] == kind] for kind in (FRONT, RIVAL, CHANGED, "")], ignore_index=True)
 
 
 @dataclass(frozen=True)
@@ -231,12 +263,17 @@ def usual_cost(task: Task) -> int:
     return training_cost(Hyperparameters(seq_len=min(128, task.n_tokens)), task, 500)
 
 
+def ours(points: pd.DataFrame) -> pd.DataFrame:
+    """The points of the front and the changed ones, the cheapest first."""
+    return points[points["kind"].isin((FRONT, CHANGED))].sort_values("cost", kind="stable")
+
+
 def best(points: pd.DataFrame, task: Task) -> dict[str, dict[str, Any]]:
-    """Two points of the front as dicts of their columns: "any", and "equal", at no more than usual_cost.
+    """Two points, of the front or changed, as dicts of their columns: "any", and "equal", at no more than usual_cost.
 
     Each is the one with the lowest validation CE over the fresh seeds. There is no "equal" if no point is so cheap.
     """
-    front = points[points["kind"] == FRONT]
+    front = ours(points)
     cheap = front[front["cost"] <= 1.05 * usual_cost(task)]
     rows = {"any": front, "equal": cheap}
     return {name: of.loc[of["val_ce"].idxmin()].to_dict() for name, of in rows.items() if len(of)}
@@ -292,7 +329,7 @@ def rates(points: pd.DataFrame, task: Task, device: str = "auto") -> list[float]
 
 
 def within(points: pd.DataFrame, rates: list[float], seconds: float, task: Task) -> Run:
-    """The point with the lowest validation CE of those that are trained within a time, as a Run.
+    """The point with the lowest validation CE of those that are trained within a time, as a Run; points: see ours.
 
     rates: multiply-adds a second, one for each point. If the dearest point takes less than half of the time, it is
     trained for as many steps as the time has room for. If none can be trained, it is the cheapest.

@@ -93,6 +93,7 @@ class Hyperparameters:
     weight_decay: float = _row(0.01, Entry("Weight decay", (0.0, 1e-3, 0.01, 0.03, 0.1, 0.3), zero=True, added=True))
     dropout: float = _row(0.0, Entry("Dropout", (0.0, 0.1, 0.2, 0.3, 0.5), zero=True, added=True))
     input_noise: float = _row(0.0, Entry("Input noise", (0.0, 0.1, 0.2, 0.5, 1.0), unit="SD", zero=True, added=True))
+    gate_noise: float = _row(1.0, Entry("Gate noise", (0.0, 0.25, 0.5, 1.0, 2.0), zero=True, added=True))
     time_shift: int = _row(0, Entry("Time shift", (0, 1, 2, 4, 8), unit="tokens", zero=True, added=True))
 
     def __post_init__(self) -> None:
@@ -264,7 +265,8 @@ class Training:
     def _step(self):
         hp = self.shape
         batch = self.task.draw(self.budget.n_replicas, hp.batch_size, self.generator, hp.seq_len)
-        noise = gumbel_noise((*batch.y.shape[:1], hp.n_layers, hp.batch_size, self.task.n_areas), self.generator)
+        shape = (*batch.y.shape[:1], hp.n_layers, hp.batch_size, self.task.n_areas)
+        noise = hp.gate_noise * gumbel_noise(shape, self.generator)
         x, keep = augmented(batch, hp, self.generator), dropped(self.model, hp, self.generator)
         with self.autocast():
             logits, _ = self.model(x, None if self.without == "noise" else noise, batch.mask, keep)

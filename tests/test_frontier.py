@@ -193,6 +193,27 @@ def test_the_dearest_point_is_trained_for_longer_at_multiples_of_its_cost(small_
         frontier.numbers("2,1", "longer", "factors", above=1)
 
 
+def test_a_changed_point_counts_for_the_best_and_for_the_goal_and_is_shown_beside_the_point_itself(small_task):
+    found, _ = frontier.runs(trials([5.0, 9.0], [3.0, 2.0]), small_task, [])
+    others = frontier.changed(found, "gate_noise=0")
+    assert [run.name for run in others] == ["trial 0, gate noise 0", "trial 1, gate noise 0"]
+    assert others[0].hyperparameters == replace(found[0].hyperparameters, gate_noise=0.0)
+    assert frontier.changed(found, "") == []
+    for bad in ("noise=0", "gate_noise", "gate_noise=a", "gate_noise=-1", "gate_noise=1"):
+        with pytest.raises(InputError, match=r"changed|gate_noise must be"):
+            frontier.changed(found, bad)
+    front = points([0.3, 0.2, 0.1, 0.05, 0.04, 0.03, 0.02, 0.01])
+    quiet = front.iloc[[3]].assign(name="trial 3, gate noise 0", kind=frontier.CHANGED, val_ce=1e-4, test_ce=0.005)
+    both = pd.concat([front, quiet.assign(test_accuracy=0.999, gate_noise=0.0)], ignore_index=True)
+    best = frontier.best(both, RoutingTask())["any"]
+    assert best["name"] == "trial 3, gate noise 0" and budgets.settings(best).endswith("gate noise 0.0, 400 steps")
+    assert "99.5 % right is reached by trial 3, gate noise 0 for 8.0" in budgets.law_sentences(both)
+    runs = pd.DataFrame([dict(name=name, seed=seed, test_accuracy=score + seed / 100) for seed in range(4)
+                         for name, score in (("trial 3", 0.9), ("trial 3, gate noise 0", 0.92))])  # fmt: skip
+    table = budgets.changed_table(both, runs, {"trial 3, gate noise 0": "trial 3"}).splitlines()
+    assert len(table) == 3 and "+2.0 [" in table[2]
+
+
 def test_a_study_over_cost_is_confirmed_by_its_own_notebook_and_no_other_study(project, run_here, capsys):
     (project / "cost.yaml").write_text(
         "d: [4]\nrank: [2]\nbatch_size: [4]\nn_layers: [1]\nseq_len: [8]\nn_steps: {low: 2, high: 60, log: true}\n"
@@ -200,12 +221,27 @@ def test_a_study_over_cost_is_confirmed_by_its_own_notebook_and_no_other_study(p
     project.shorten_report()
     how = dict(objective="ce_cost", pruner="equal_cost", space="cost.yaml", n_workers=1)
     run_here(project, "tune", study_name="front", n_replicas=2, n_trials=6, **how)
-    small = dict(study_name="front", looks="2,4", n_test=64, n_workers=1, times="0.001,1", timed_minutes=0.01)
+    small = dict(
+        study_name="front",
+        looks="2,4",
+        changed="gate_noise=0",
+        n_test=64,
+        n_workers=1,
+        times="0.001,1",
+        timed_minutes=0.01,
+    )
     shown = " ".join(text.data for text in run_here(project, "frontier", **small) if text)
-    for said in ("The best that was trained again", "Beside the published trial 2", "You have", "not run", "Left out"):
+    for said in (
+        "The best that was trained again",
+        "Beside the published trial 2",
+        "You have",
+        "not run",
+        "Left out",
+        "gate noise 0",
+    ):
         assert said in shown
     front = pd.read_csv(project / "reports" / ".front.new" / "front.csv")
-    assert set(front["kind"].fillna("")) == {frontier.FRONT, frontier.RIVAL, ""}
+    assert set(front["kind"].fillna("")) == {frontier.FRONT, frontier.RIVAL, frontier.CHANGED, ""}
     with pytest.raises(InputError, match=r"frontier\.ipynb confirms such a study"):
         run_here(project, "confirm", study_name="front")
     facts = report.load("front", f"sqlite:///{project}/reports/front/optuna_studies/ctbprn_study.db")

@@ -279,6 +279,11 @@ def test_noise_shifts_and_dropout_change_a_training_and_nothing_where_they_are_0
         assert getattr(usual, name) == 0 and name not in usual.identity()
         other = train.fit(dataclasses.replace(usual, **{name: value}), small_task, budget, 0)
         assert not np.array_equal(plain.val_ce, other.val_ce), name
+    quiet = train.fit(dataclasses.replace(usual, gate_noise=0.0), small_task, budget, 0)
+    half = train.fit(dataclasses.replace(usual, gate_noise=0.5), small_task, budget, 0)
+    assert usual.gate_noise == 1 and "gate_noise" not in usual.identity()
+    assert np.array_equal(quiet.val_ce, train.fit(usual, small_task, budget, 0, without="noise").val_ce)
+    assert not np.array_equal(half.val_ce, quiet.val_ce) and not np.array_equal(half.val_ce, plain.val_ce)
     for bad in ({"dropout": 1.0}, {"input_noise": -0.1}, {"time_shift": 0.5}):
         with pytest.raises(InputError, match=next(iter(bad))):
             dataclasses.replace(usual, **bad)

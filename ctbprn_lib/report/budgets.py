@@ -13,11 +13,11 @@ import pandas as pd
 from ctbprn_lib import evidence, frontier
 from ctbprn_lib.confirm import Run
 from ctbprn_lib.evidence import Answer
-from ctbprn_lib.frontier import FRONT, MARGIN, PowerLaw
+from ctbprn_lib.frontier import CHANGED, FRONT, MARGIN, PowerLaw
 from ctbprn_lib.report import text
 from ctbprn_lib.report.text import UNKNOWN
 from ctbprn_lib.tasks import Task
-from ctbprn_lib.train import TABLE, training_cost
+from ctbprn_lib.train import TABLE, Hyperparameters, training_cost
 
 GOALS = {"test_accuracy": 0.995, "test_ce": 0.02}  # what the law is asked for
 SCORES = {"test_accuracy": "wrong answers", "test_ce": "cross-entropy"}
@@ -33,6 +33,7 @@ SHORT = {
     "n_layers": "layers",
     "weight_decay": "weight decay",
 }
+ONLY_IF_CHANGED = {"gate_noise": "gate noise"}
 
 
 def cost(value: float) -> str:
@@ -43,7 +44,11 @@ def cost(value: float) -> str:
 
 def settings(row: Mapping) -> str:
     """The hyperparameters of a point and its length of training, in one line."""
+    usual = Hyperparameters()
     said = [f"{label} {TABLE[name].text(row[name])}" for name, label in SHORT.items()]
+    for name, label in ONLY_IF_CHANGED.items():
+        if name in row and row[name] != getattr(usual, name):
+            said.append(f"{label} {TABLE[name].text(row[name])}")
     return ", ".join([*said, f"{text.commas(row['n_steps'])} steps"])
 
 
@@ -154,6 +159,31 @@ def front_table(points: pd.DataFrame, answers: Mapping[str, Answer], pairs: Mapp
     return text.table(heads, rows)
 
 
+def changed_table(points: pd.DataFrame, runs: pd.DataFrame, pairs: Mapping[str, str]) -> str:
+    """One row a changed point: its scores, and the difference from the point itself over the seeds that both have.
+
+    runs: confirm.records. pairs: {changed point: the point itself}.
+    """
+    by_name, rows = points.set_index("name"), []
+    scores = runs.pivot_table(index="seed", columns="name", values="test_accuracy")
+    for row in points[points["kind"] == CHANGED].to_dict("records"):
+        itself = pairs[row["name"]]
+        if itself in by_name.index:
+            both = scores[[row["name"], itself]].dropna()
+            found = evidence.compare(both[row["name"]], both[itself], paired=True)
+            rows.append(
+                [
+                    cost(row["cost"]),
+                    row["name"],
+                    text.percent(text.interval(row, "test_accuracy")),
+                    text.nats(text.interval(row, "test_ce")),
+                    text.percent(text.interval(by_name.loc[itself], "test_accuracy")),
+                    text.signed_points((found.effect, found.low, found.high)),
+                ]
+            )
+    return text.table(["Cost", "Point", "Accuracy", "CE (nats)", "Unchanged", "Difference (points)"], rows)
+
+
 def times_table(
     points: pd.DataFrame, runs: Mapping[float, Run], timed: Mapping[float, pd.DataFrame], task: Task
 ) -> str:
@@ -232,12 +262,13 @@ def law_sentences(points: pd.DataFrame) -> str:
             f"{mean:.2f} times the predicted ones, from {np.exp(ratio.min()):.2f} to {np.exp(ratio.max()):.2f} times."
         )
         goal = 1 - GOALS[score] if score == "test_accuracy" else GOALS[score]
-        reached = front[front["error"] <= goal]
+        every = errors(frontier.ours(points), score)
+        reached = every[every["error"] <= goal]
         aim = text.percent(GOALS[score]) + " right" if score == "test_accuracy" else f"{goal:g} nats"
         middle, low_cost, high_cost = whole.cost_for(goal)
         if len(reached):
             by = f"{reached['name'].iloc[0].split(':')[0]} for {cost(reached['cost'].iloc[0])} multiply-adds"
-            said.append(f"    The goal of {aim} is reached by {by}.")
+            said.append(f"    The goal of {aim} is reached by {by}, which is the cheapest to reach it.")
         elif math.isinf(middle):
             said.append(f"    The goal of {aim} is not reached, and by this law no cost reaches it.")
         else:
