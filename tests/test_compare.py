@@ -125,18 +125,21 @@ def test_the_verdict_names_what_to_take():
     assert len(answers) == 6
     assert answers["good", "MiniRocket"].verdict == evidence.BETTER
     assert answers["bad", "MiniRocket"].verdict == evidence.WORSE
-    worth, not_worth, unclear = versus.advice(table, answers).splitlines()
+    worth, not_worth, unclear, means = versus.advice(table, answers).splitlines()
     assert "good (better than MiniRocket)" in worth and "bad (take MiniRocket)" in not_worth
+    assert "below that of the best other method on 2 of 3" in means
     assert "close (-1." in unclear and "beside MiniRocket" in unclear
     assert versus.seldom(table, answers).startswith(
-        "Beside methods of libraries CTBPRN was, in 6 questions: 4 better, 1 worse, 1 undecided."
+        "Beside methods of libraries CTBPRN was, in 6 questions: 4 better, 1 worse, 1 undecided. 3 of the better "
+        "ones are beside naming the commonest class."
     )
     assert "MiniRocket has the best mean rank over these data sets, 1.3 of 3, where CTBPRN has 1.7" in versus.seldom(
         table, answers
     )
     header, _, *rows = versus.accuracy_table(table).splitlines()
     assert header.count("|") == 6 and "**89.7**" in rows[0] and "mean rank" in rows[-1]
-    assert versus.verdict_table(answers).count("better") == 4
+    assert versus.verdict_table(answers).count("**better** +") == 4 and "**worse** -10" in versus.verdict_table(answers)
+    assert "counts 10 of them as about 1.7" in versus.why_open(table, answers)
     assert "2.0 s" in versus.cost_table(table)
     assert versus.regularisation(answers) == ""
 
@@ -145,10 +148,10 @@ def test_regularisation_is_kept_where_it_helps_twice_and_harms_nowhere():
     sets = {name: {MAJORITY: 0.5, compare.REGULARISED: mean, CTBPRN: 0.8} for name, mean in
             {"a": 0.9, "b": 0.9, "c": 0.8}.items()}  # fmt: skip
     said = versus.regularisation(compare.verdicts(records(sets)))
-    assert "helped on a, b and harmed on none of 3 data sets" in said and "pays" in said
+    assert "to help on a, b, to harm on none and to change nothing on 0 of 3 data sets" in said and "pays" in said
     sets["c"][compare.REGULARISED] = 0.7
     said = versus.regularisation(compare.verdicts(records(sets)))
-    assert "harmed on c" in said and "not shown to pay" in said
+    assert "to harm on c" in said and "not shown to pay" in said
     worth = versus.advice(records(sets), compare.verdicts(records(sets))).splitlines()[0]
     assert "a (better than majority)" in worth  # CTBPRN is not its own rival
 

@@ -20,6 +20,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocato
 from numpy.typing import ArrayLike
 
 from ctbprn_lib import evidence, files, search, workers
+from ctbprn_lib.report.text import Interval
 from ctbprn_lib.search import PLACEBO
 from ctbprn_lib.train import TABLE
 
@@ -335,30 +336,23 @@ def error_and_cost(
     return ax
 
 
-def methods(ax: Axes, accuracy: pd.DataFrame) -> Axes:
-    """One row a data set, the first on top, and a mark for the accuracy of each method (data sets, methods).
+def beside(ax: Axes, differences: Mapping[str, Mapping[str, Interval]], best: Mapping[str, str]) -> Axes:
+    """A row a data set, the first on top: the difference from its best other method, with its interval and name.
 
-    The first method is a large red star.
+    differences: {data set: {method: (effect, low, high)}}, as shares. best: {data set: method}. Other methods are grey.
     """
-    at = -np.arange(len(accuracy))
-    for (method, column), color, marker in zip(
-        accuracy.items(), itertools.cycle(CYCLE), itertools.cycle("vsD^<>ohX"), strict=False
-    ):
-        first = method == accuracy.columns[0]
-        ax.plot(
-            100 * column,
-            at,
-            "*" if first else marker,
-            color=RED if first else color,
-            ms=10 if first else 6,
-            ls="none",
-            label=method,
-            zorder=3 if first else 2,
-            alpha=1 if first else 0.75,
-        )
-    ax.set_yticks(at, accuracy.index)
-    ax.set(xlabel="mean accuracy on test samples (%)", ylim=(at[-1] - 0.6, 0.6))
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    sets = [data for data in differences if best[data] in differences[data]]
+    for at, data in enumerate(sets):
+        others = [100 * effect for method, (effect, _, _) in differences[data].items() if method != best[data]]
+        ax.plot(others, [-at] * len(others), "|", color=GREY, ms=9, label="another method" if at == 0 else None)
+        effect, low, high = (100 * x for x in differences[data][best[data]])
+        label = "the best other method" if at == 0 else None
+        ax.errorbar(effect, -at, xerr=[[effect - low], [high - effect]], fmt="o", color=BLUE, capsize=3, label=label)
+        ax.annotate(best[data], (effect, -at), (0, 5), textcoords="offset points", ha="center", fontsize="x-small")
+    ax.axvline(0, color="black", lw=1)
+    ax.set_yticks([-at for at in range(len(sets))], sets)
+    ax.set(xlabel="points by which CTBPRN is more accurate", ylim=(0.4 - len(sets), 0.8))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     return ax
 
 

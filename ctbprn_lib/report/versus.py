@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 
 from ctbprn_lib import evidence
-from ctbprn_lib.compare import CTBPRN, LIBRARY, MARGIN, METHODS, NETWORKS, REGULARISED, Search
+from ctbprn_lib.compare import CTBPRN, LIBRARY, MAJORITY, MARGIN, METHODS, NETWORKS, REGULARISED, Search
 from ctbprn_lib.evidence import Answer
 from ctbprn_lib.report import text
-from ctbprn_lib.report.text import UNKNOWN
+from ctbprn_lib.report.text import UNKNOWN, Interval
 
 OTHERS = tuple(name for name in NETWORKS if name not in (CTBPRN, REGULARISED))
-WORTH, NOT_WORTH, OPEN = "Worth it on", "Not worth it on", "Not decided on"
+WORTH, NOT_WORTH, OPEN = "Shown to be worth it on", "Shown not to be worth it on", "Not decided on"
 Answers = Mapping[tuple[str, str], Answer]
 
 
@@ -45,13 +45,23 @@ def rivals(records: pd.DataFrame) -> pd.Series:
     return others.idxmax(axis=1)
 
 
+def differences(answers: Answers) -> dict[str, dict[str, Interval]]:
+    """{data set: {other method: (effect, low, high)}}: by how much CTBPRN is more accurate; but for the majority."""
+    found: dict[str, dict[str, Interval]] = {}
+    for (data, other), answer in answers.items():
+        if other != MAJORITY:
+            (look,) = answer.looks
+            found.setdefault(data, {})[other] = (look.effect, *look.interval())
+    return found
+
+
 def verdict(answer: Answer) -> str:
-    """What CTBPRN is beside another method; where there is no verdict, the most points by which they differ."""
-    if answer.verdict == evidence.SAME:
-        return "same"
+    """The difference from another method in points with its interval, and the verdict where there is one."""
+    (look,) = answer.looks
+    shown = text.signed_points((look.effect, *look.interval()))
     if answer.decided:
-        return answer.verdict
-    return f"at most {text.most_points(answer)}"
+        return f"**{'same' if answer.verdict == evidence.SAME else answer.verdict}** {shown}"
+    return shown
 
 
 def standing(records: pd.DataFrame, answers: Answers) -> dict[str, str]:
@@ -73,7 +83,7 @@ def standing(records: pd.DataFrame, answers: Answers) -> dict[str, str]:
 
 
 def advice(records: pd.DataFrame, answers: Answers) -> str:
-    """On which data CTBPRN is worth it, on which it is not and what to take then, and what is open: three lines."""
+    """On which data CTBPRN is worth it, on which it is not and what to take then, what is open, and the means."""
     ahead, best = means(records), rivals(records)
     said: dict[str, list[str]] = {WORTH: [], NOT_WORTH: [], OPEN: []}
     for data, kind in standing(records, answers).items():
@@ -87,7 +97,14 @@ def advice(records: pd.DataFrame, answers: Answers) -> str:
             gap = ahead.loc[data].get(CTBPRN, math.nan) - ahead.loc[data, rival]
             how = f"{text.signed_points(gap)} points beside {rival}"
         said[kind].append(f"{data} ({how})")
-    return "\n".join(f"- **{kind}**: {', '.join(sets) or 'none of these data sets'}." for kind, sets in said.items())
+    n_sets = len(best)
+    below = sum(ahead.loc[data].get(CTBPRN, math.nan) < ahead.loc[data, rival] for data, rival in best.items())
+    lines = []
+    for kind, sets in said.items():
+        listed = "none of these data sets" if not sets else f"{len(sets)} of {n_sets}: {', '.join(sets)}"
+        lines.append(f"- **{kind}** {listed}.")
+    lines.append(f"- **Its mean accuracy** is below that of the best other method on {below} of {n_sets}.")
+    return "\n".join(lines)
 
 
 def seldom(records: pd.DataFrame, answers: Answers) -> str:
@@ -102,6 +119,9 @@ def seldom(records: pd.DataFrame, answers: Answers) -> str:
         counts = counts.replace(evidence.SAME, f"the same within {100 * MARGIN:g} points")
         if found:
             said.append(f"Beside {label} CTBPRN was, in {len(found)} questions: {counts}.")
+        trivial = sum(a.verdict == evidence.BETTER for (_, other), a in answers.items() if other == MAJORITY)
+        if MAJORITY in methods and trivial:
+            said.append(f"{trivial} of the better ones are beside naming the commonest class.")
     ranks = mean_ranks(records)
     if len(ranks):
         said.append(
@@ -119,9 +139,11 @@ def regularisation(answers: Answers) -> str:
     helped = [data for data, verdict in found.items() if verdict == evidence.WORSE]  # plain beside regularised
     harmed = [data for data, verdict in found.items() if verdict == evidence.BETTER]
     kept = "pays, and belongs in the search" if len(helped) >= 2 and not harmed else "is not shown to pay"
+    same = sum(verdict == evidence.SAME for verdict in found.values())
     return (
-        f"Regularisation (dropout, noise, shifts in time) helped on {', '.join(helped) or 'none'} and harmed on "
-        f"{', '.join(harmed) or 'none'} of {len(found)} data sets, so it {kept}: it has to help on two and harm none."
+        "Regularisation (dropout, noise, shifts in time) was decided to help on "
+        f"{', '.join(helped) or 'none'}, to harm on {', '.join(harmed) or 'none'} and to change nothing on {same} of "
+        f"{len(found)} data sets. So it {kept}: it has to help on two and harm none."
     )
 
 
@@ -166,6 +188,21 @@ def cost_table(records: pd.DataFrame) -> str:
     return f"{table}\n\nOne core of {processor}, for one network or classifier whose settings are known."
 
 
+def why_open(records: pd.DataFrame, answers: Answers) -> str:
+    """Why large differences may be without a verdict: what each question has to reach."""
+    if not answers:
+        return ""
+    n = int(_shared(records).groupby("data").size().max())
+    share = (records["n_test"] / records["n_train"]).median()
+    return (
+        f"Bold stands where there is a verdict, at 5 % over all {len(answers)} questions together. Each of them must "
+        f"reach a p below {0.05 / len(answers):.2g}, with {text.count(n, 'resample')}. Resamples share samples, so "
+        f"the corrected test counts {n} of them as about {n / (1 + n * share):.1f} independent ones (at the median "
+        f"ratio of test to training samples, {share:.2f}). That is why a large difference may be without a verdict. "
+        "The brackets hold 95 % for each pair alone, so one that leaves out zero is a hint and no verdict."
+    )
+
+
 def failures(records: pd.DataFrame) -> str:
     """What could not be run, and why."""
     failed = records[records["failure"].fillna("") != ""]
@@ -184,10 +221,24 @@ def protocol(records: pd.DataFrame, how: Search) -> str:
         "one seed each, by one sampler. The settings with the lowest validation CE are trained again on training and "
         f"validation samples with {how.n_seeds} seeds, whose mean accuracy counts. Classifiers of libraries are "
         "trained on the same samples with their recommended settings. The test samples are seen once. "
-        "Exact copies of a recording are left out of the sets that packages ship."
+        "Exact copies of a recording are left out of the sets that packages ship. Two methods within "
+        f"{100 * MARGIN:g} points of accuracy are called the same."
     )
     return text.table(["Data", "What it is", "Training samples", "Test samples"], rows) + "\n\n" + trained
 
+
+WORDS = f"""
+- **{CTBPRN}**: a layer decides how much each area (a group of sensors) counts, and mixes the areas into one message.
+- **columns alone**: the same network without that decision and without the message.
+- **{REGULARISED}**: dropout, noise and shifts in time are searched as well.
+- **Transformer**: torch's encoder over all areas, with about as many weights.
+- **MultiRocketHydra, MiniRocket**: many fixed convolutions and a linear classifier, from aeon.
+- **ridge on means, summaries, Catch22**: a linear classifier on the mean of each channel, on seven summary numbers
+  of it, or on 22 known features.
+- **{MAJORITY}**: names the commonest class.
+- **Resample**: another division of the same recordings into training, validation and test samples.
+- **Trial**: one choice of settings that is tried.
+""".strip()
 
 ABOUT = {
     "BasicMotions": "smartwatch, four activities",
