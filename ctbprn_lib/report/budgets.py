@@ -4,6 +4,7 @@ points: what frontier.points returns. answers: {configuration of the front: the 
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,8 +106,8 @@ def advice(
         f"- **Beside the published trial 2 trained at equal cost**, of the {n_points} points of the front: {counts}."
     )
     if not math.isnan(linear_rule):
-        front = points[points["kind"] == FRONT]
-        above = front[front["test_accuracy_low"] > linear_rule]
+        every = frontier.ours(points)
+        above = every[every["test_accuracy_low"] > linear_rule]
         which = (
             f"{above.iloc[0]['name']} for {cost(above.iloc[0]['cost'])} multiply-adds" if len(above) else "none of them"
         )
@@ -211,7 +212,7 @@ def times_table(
         rows.append(
             [
                 f"{minutes:g} min",
-                f"{run.role.split(',')[0]}, {text.commas(run.n_steps)} steps",
+                f"{re.sub(r', [0-9]+ steps$', '', run.role)}, {text.commas(run.n_steps)} steps",
                 f"{text.percent(expected)}, {basis}",
                 *said,
             ]
@@ -266,16 +267,19 @@ def law_sentences(points: pd.DataFrame) -> str:
         reached = every[every["error"] <= goal]
         aim = text.percent(GOALS[score]) + " right" if score == "test_accuracy" else f"{goal:g} nats"
         middle, low_cost, high_cost = whole.cost_for(goal)
+        near = every.loc[every["error"].idxmin()]
+        nearest = f"{1e2 - 1e2 * near['error']:.2f} %" if score == "test_accuracy" else f"{near['error']:.4f} nats"
+        missed = f"The goal of {aim} is not reached; the nearest is {near['name'].split(':')[0]} with {nearest}."
         if len(reached):
             by = f"{reached['name'].iloc[0].split(':')[0]} for {cost(reached['cost'].iloc[0])} multiply-adds"
             said.append(f"    The goal of {aim} is reached by {by}, which is the cheapest to reach it.")
         elif math.isinf(middle):
-            said.append(f"    The goal of {aim} is not reached, and by this law no cost reaches it.")
+            said.append(f"    {missed} By this law no cost reaches it.")
         else:
             ends = f"{cost(low_cost)} to " + (cost(high_cost) if math.isfinite(high_cost) else "no end")
             said.append(
-                f"    The goal of {aim} is not reached. By the law of all points it would take {cost(middle)} "
-                f"multiply-adds [{ends}], {middle / front['cost'].max():,.0f} times the dearest point."
+                f"    {missed} By the law of the front as it was searched it would take {cost(middle)} multiply-adds "
+                f"[{ends}]; its dearest point took {cost(front['cost'].max())}."
             )
     return "\n".join(said)
 
