@@ -172,6 +172,19 @@ def plan(found: list[Run], rivals: list[Run], schedule: Schedule) -> Plan:
     return Plan(tuple(questions), schedule)
 
 
+def pooled(runs: pd.DataFrame, about: dict[str, Any]) -> pd.DataFrame:
+    """runs with more seeds of changed points with gate_noise 0: those of the same point without the part noise.
+
+    Both are one configuration, trained with seeds of their own.
+    """
+    for name, itself in about.get("changed", {}).items():
+        more = runs[runs["name"] == f"{itself}: without noise"]
+        if (runs.loc[runs["name"] == name, "gate_noise"] == 0).any() and len(more):
+            apart = more["seed"] + runs["seed"].max() + 1
+            runs = pd.concat([runs, more.assign(name=name, without="", gate_noise=0.0, seed=apart)], ignore_index=True)
+    return runs
+
+
 def points(runs: pd.DataFrame, about: dict[str, Any], task: Task) -> pd.DataFrame:
     """One row a configuration that has been trained, the cheapest first within each kind.
 
@@ -182,7 +195,7 @@ def points(runs: pd.DataFrame, about: dict[str, Any], task: Task) -> pd.DataFram
     route_accuracy, each with _low and _high (95 % interval over seeds).
     """
     rows = []
-    for configuration, part in runs.groupby("name", sort=False):
+    for configuration, part in pooled(runs, about).groupby("name", sort=False):
         first = part.iloc[0]
         hp = search.hyperparameters(first)
         kind = "" if first["without"] else RIVAL

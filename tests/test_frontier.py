@@ -206,10 +206,14 @@ def test_a_changed_point_counts_for_the_best_and_for_the_goal_and_is_shown_besid
     quiet = front.iloc[[3]].assign(name="trial 3, gate noise 0", kind=frontier.CHANGED, val_ce=1e-4, test_ce=0.005)
     both = pd.concat([front, quiet.assign(test_accuracy=0.999, gate_noise=0.0)], ignore_index=True)
     best = frontier.best(both, RoutingTask())["any"]
-    assert best["name"] == "trial 3, gate noise 0" and budgets.settings(best).endswith("gate noise 0.0, 400 steps")
+    assert best["name"] == "trial 3, gate noise 0" and budgets.settings(best).endswith("gate noise 0, 800 steps")
     assert "99.5 % right is reached by trial 3, gate noise 0 for 8.0" in budgets.law_sentences(both)
     runs = pd.DataFrame([dict(name=name, seed=seed, test_accuracy=score + seed / 100) for seed in range(4)
                          for name, score in (("trial 3", 0.9), ("trial 3, gate noise 0", 0.92))])  # fmt: skip
+    about = {"changed": {"trial 3, gate noise 0": "trial 3"}}
+    same = runs[runs["name"] != "trial 3"].assign(gate_noise=0.0)
+    pooled = frontier.pooled(pd.concat([same, same.assign(name="trial 3: without noise")]), about)
+    assert (pooled["name"] == "trial 3, gate noise 0").sum() == 8 and pooled["seed"].nunique() == 8
     table = budgets.changed_table(both, runs, {"trial 3, gate noise 0": "trial 3"}).splitlines()
     assert len(table) == 3 and "+2.0 [" in table[2]
 

@@ -176,13 +176,14 @@ def changed_table(points: pd.DataFrame, runs: pd.DataFrame, pairs: Mapping[str, 
                 [
                     cost(row["cost"]),
                     row["name"],
-                    text.percent(text.interval(row, "test_accuracy")),
-                    text.nats(text.interval(row, "test_ce")),
+                    text.commas(row["seeds"]),
+                    *_scores(row),
                     text.percent(text.interval(by_name.loc[itself], "test_accuracy")),
                     text.signed_points((found.effect, found.low, found.high)),
                 ]
             )
-    return text.table(["Cost", "Point", "Accuracy", "CE (nats)", "Unchanged", "Difference (points)"], rows)
+    heads = ["Cost", "Point", "Seeds", "Accuracy", "CE (nats)", "Looks at the true area", "Unchanged", "Difference"]
+    return text.table(heads, rows)
 
 
 def times_table(
@@ -284,6 +285,13 @@ def law_sentences(points: pd.DataFrame) -> str:
     return "\n".join(said)
 
 
+def _scores(row: Mapping) -> list[str]:
+    """Test accuracy, CE and the share that is routed to the true area, each with its interval."""
+    share = text.interval(row, "route_accuracy")
+    looks = UNKNOWN if math.isnan(share[0]) else text.percent(share)
+    return [text.percent(text.interval(row, "test_accuracy")), text.nats(text.interval(row, "test_ce")), looks]
+
+
 def inside(points: pd.DataFrame) -> str:
     """The share that is routed to the true area along the front, and one point of it without each part."""
     front, parts = points[points["kind"] == FRONT], points[points["kind"] == ""]
@@ -298,17 +306,8 @@ def inside(points: pd.DataFrame) -> str:
         )
     if len(parts):
         whole = front[front["name"] == parts["name"].iloc[0].split(":")[0]].iloc[0]
-        rows = [
-            ["nothing", text.percent(text.interval(whole, "test_accuracy")), text.nats(text.interval(whole, "test_ce"))]
-        ]
-        for row in parts.to_dict("records"):
-            rows.append(
-                [
-                    text.PARTS[row["without"]],
-                    text.percent(text.interval(row, "test_accuracy")),
-                    text.nats(text.interval(row, "test_ce")),
-                ]
-            )
+        rows = [["nothing", *_scores(whole)]]
+        rows += [[text.PARTS[row["without"]], *_scores(row)] for row in parts.to_dict("records")]
         said.append(f"{text.capitalized(whole['name'])}, trained for as long without a part of the network:")
-        said.append(text.table(["Left out", "Accuracy", "CE (nats)"], rows))
+        said.append(text.table(["Left out", "Accuracy", "CE (nats)", "Looks at the true area"], rows))
     return "\n\n".join(said) if said else "Nothing is known of it."
