@@ -139,7 +139,7 @@ def test_a_law_that_holds_is_said_to_hold_and_what_it_takes_is_said():
     assert "multiplies the error by 0.71 over the 4 cheaper points" in said
     assert "1.00 times the predicted ones" in said
     # 0.3 x 2^(-i / 2) = 0.005 at i = 11.8, which is 2^4.8 times the cost of the last, i = 7
-    (times,) = re.findall(r"99.5 % right is not reached.* ([\d,]+) times the dearest", said)
+    (times,) = re.findall(r"99.5 % right is not reached.* ([\d,.]+) times its dearest", said)
     assert float(times) == pytest.approx(2**4.81, rel=0.03)
     flat = budgets.law_sentences(points(np.linspace(0.2, 0.3, 8)))
     assert "no cost reaches it" in flat

@@ -280,7 +280,7 @@ def law_sentences(points: pd.DataFrame) -> str:
             ends = f"{cost(low_cost)} to " + (cost(high_cost) if math.isfinite(high_cost) else "no end")
             said.append(
                 f"    {missed} By the law of the front as it was searched it would take {cost(middle)} multiply-adds "
-                f"[{ends}]; its dearest point took {cost(front['cost'].max())}."
+                f"[{ends}], {middle / front['cost'].max():,.1f} times its dearest point."
             )
     return "\n".join(said)
 
