@@ -245,6 +245,8 @@ def test_a_study_over_cost_is_confirmed_by_its_own_notebook_and_no_other_study(p
     ):
         assert said in shown
     front = pd.read_csv(project / "reports" / ".front.new" / "front.csv")
+    following = yaml.safe_load((project / "reports" / ".front.new" / "next_space.yaml").read_text())
+    assert following["gate_noise"] == [0.0, 1.0]
     assert set(front["kind"].fillna("")) == {frontier.FRONT, frontier.RIVAL, frontier.CHANGED, ""}
     with pytest.raises(InputError, match=r"frontier\.ipynb confirms such a study"):
         run_here(project, "confirm", study_name="front")
