@@ -275,7 +275,7 @@ def test_the_page_of_own_data(project, run_here, capsys, monkeypatch):
     sizes = dict(task="mine.npz", study_name="c", n_resamples=3, n_trials=1, n_steps=3, n_workers=1)
     shown = "\n".join(text.data for text in run_here(project, "compare", **sizes) if text)
     for said in (
-        "Worth it on",
+        "Shown to be worth it on",
         "mine.npz",
         "CTBPRN beside | ridge on means | majority",
         "1,000 predictions",
