@@ -10,12 +10,11 @@ import numpy as np
 import pandas as pd
 
 from ctbprn_lib import evidence
-from ctbprn_lib.compare import CTBPRN, LIBRARY, MAJORITY, MARGIN, METHODS, NETWORKS, REGULARISED, Search
+from ctbprn_lib.compare import CTBPRN, LIBRARY, MAJORITY, MARGIN, METHODS, REGULARISED, Search
 from ctbprn_lib.evidence import Answer
 from ctbprn_lib.report import text
 from ctbprn_lib.report.text import UNKNOWN, Interval
 
-OTHERS = tuple(name for name in NETWORKS if name not in (CTBPRN, REGULARISED))
 WORTH, NOT_WORTH, OPEN = "Shown to be worth it on", "Shown not to be worth it on", "Not decided on"
 Answers = Mapping[tuple[str, str], Answer]
 
